@@ -1,0 +1,235 @@
+"""What a checkpoint becomes in GGUF: keys, tensor names, types and row orders, before any byte."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf.utility import size_label
+
+from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
+from optrot_edge.errors import InputError
+from optrot_edge.exporters.gguf_blocks import BLOCK, check_grid
+from optrot_edge.exporters.gguf_entries import Entries, f32, read_entries, string, u32
+from optrot_edge.exporters.gguf_vocab import vocabulary
+from optrot_edge.models.config import ModelConfig
+from optrot_edge.models.family import Family, get_family
+
+ROPE_FREQS = "rope_freqs.weight"
+_RECOMPUTED = {f"general.{key}" for key in ("architecture", "type", "name", "size_label", "file_type",
+                                            "quantization_version", "alignment", "quantized_by")}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file. `source` is its name in the checkpoint ("" for `rope_freqs.weight`);
+    `heads` is the number of attention heads whose rows change order, or 0."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    heads: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding."""
+        block, size = GGML_QUANT_SIZES[self.type]
+        return prod(self.shape) // block * size
+
+    def row_order(self) -> np.ndarray | None:
+        """Hugging Face row that each row of the file holds, or None when the order stays.
+
+        llama.cpp's `llama` rotates neighbours (2i, 2i + 1) of a head where Hugging Face rotates
+        (i, i + head_dim / 2).
+        """
+        if not self.heads:
+            return None
+        rows = np.arange(self.shape[0])
+        return rows.reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+@dataclass
+class Plan:
+    """Everything but the tensors' data. `notes` are remarks for the user."""
+
+    arch: str
+    file_type: LlamaFileType
+    entries: Entries
+    tensors: list[PlannedTensor]
+    rope_freqs: np.ndarray | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> int:
+        """Number of the model's weights."""
+        return sum(prod(t.shape) for t in self.tensors if t.source)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+
+def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
+              vocab_from: Path | None = None) -> Plan:
+    """Plan the GGUF of `checkpoint`.
+
+    Raises InputError for what stock llama.cpp cannot run (R3, R4, other grids, tensors its graph
+    does not read) and for a checkpoint whose tensors contradict its model configuration.
+    """
+    config = ModelConfig.from_dict(checkpoint.manifest.get("model"))
+    if not isinstance(checkpoint.manifest.get("tensors"), dict):
+        raise InputError(f"{checkpoint.path}: the manifest lists no tensors; quantise again")
+    family = get_family(config.family)
+    _check_rotation(checkpoint.manifest.get("rotation") or {})
+    shapes = _expected_shapes(checkpoint, family, config)
+    tensors = [_planned(checkpoint, family, config, source, shape) for source, shape in shapes.items()]
+    factors = _rope_factors(family, config)
+    if factors is not None:
+        tensors.append(PlannedTensor(ROPE_FREQS, "", factors.shape, GGMLQuantizationType.F32))
+    file_type = _file_type(tensors)
+    plan = Plan(family.gguf_arch, file_type, {}, tensors, factors)
+    folder = checkpoint.path / "tokenizer"
+    plan.entries = (_general_entries(plan, folder, name, config)
+                    | _model_entries(family.gguf_arch, config, plan.notes)
+                    | vocabulary(folder, config.vocab_size, vocab_from=vocab_from,
+                                 special_ids=_special_ids(config)))
+    return plan
+
+
+def _check_rotation(rotation: dict) -> None:
+    applied = rotation.get("applied") or []
+    if rotation.get("r4_block") or "r4" in applied:
+        raise InputError("the checkpoint needs the online rotation R4, which stock llama.cpp does not have; "
+                         "quantise again with --rotate r1,r2")
+    if rotation.get("r3_block") or "r3" in applied:
+        raise InputError("the checkpoint needs the online rotation R3; llama.cpp itself rotates K and V of a "
+                         "quantised cache, so leave R3 out: quantise again with --rotate r1,r2")
+
+
+def _expected_shapes(checkpoint: QuantizedCheckpoint, family: Family, config: ModelConfig) -> dict:
+    """Canonical names and shapes in file order; InputError when the checkpoint's differ."""
+    if config.tie_word_embeddings and "lm_head.weight" in checkpoint:
+        raise InputError(f"{checkpoint.path}: lm_head.weight is there although the model says that it is "
+                         "tied to the embedding; set tie_word_embeddings to false or leave it out")
+    if not config.tie_word_embeddings and "lm_head.weight" not in checkpoint:
+        raise InputError(f"{checkpoint.path}: no lm_head.weight although the model says that it is not tied "
+                         "to the embedding; llama.cpp would use the embedding in its place")
+    shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"layers.{i}.{key}": shape for key, shape in family.layer_shapes(config).items()}
+    shapes |= family.outer_shapes(config)
+    for name in [*shapes, *checkpoint.names]:
+        stored = checkpoint.manifest["tensors"].get(name)
+        if name not in shapes or stored is None or tuple(stored["shape"]) != shapes[name]:
+            found = "nothing" if stored is None else stored["shape"]
+            wanted = list(shapes[name]) if name in shapes else "nothing"
+            raise InputError(f"{checkpoint.path}: {name} should be {wanted} and is {found}")
+        layer_key, _, kind = name.rpartition(".")
+        if kind == "bias" and layer_key.rpartition(".")[2] not in family.gguf_biases:
+            raise InputError(f"{name}: llama.cpp's {family.gguf_arch} has no such bias; "
+                             "this model cannot become a GGUF")
+    if family.gguf_arch == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
+        raise InputError("llama.cpp's qwen2 needs heads · head_dim = hidden_size; "
+                         "this model cannot become a GGUF")
+    return shapes
+
+
+def _planned(checkpoint: QuantizedCheckpoint, family: Family, config: ModelConfig, source: str,
+             shape: tuple[int, ...]) -> PlannedTensor:
+    stored = checkpoint.manifest["tensors"][source]
+    if "grid" in stored:
+        spec = grid_spec(stored["grid"])
+        check_grid(spec, source)
+        if len(shape) != 2 or shape[1] % BLOCK:
+            raise InputError(f"{source} {list(shape)} cannot be {spec.name}: "
+                             f"its rows must be a multiple of {BLOCK}")
+        kind = GGMLQuantizationType[spec.name.upper()]
+    elif stored["dtype"] not in ("float32", "float16"):
+        raise InputError(f"{source} is {stored['dtype']}; floats must be float32 or float16")
+    else:  # llama.cpp computes with norms and biases in float32 only
+        half = len(shape) == 2 and stored["dtype"] == "float16"
+        kind = GGMLQuantizationType.F16 if half else GGMLQuantizationType.F32
+    heads = 0
+    if family.gguf_permutes_qk:
+        heads = {"q_proj": config.num_attention_heads,
+                 "k_proj": config.num_key_value_heads}.get(source.split(".")[-2], 0)
+    return PlannedTensor(family.gguf_name(source), source, shape, kind, heads)
+
+
+def _rope_factors(family: Family, config: ModelConfig) -> np.ndarray | None:
+    factors = config.rope_freq_factors()
+    if factors is None:
+        return None
+    if family.gguf_arch != "llama":
+        raise InputError(f"rope scaling {config.rope_scaling['rope_type']!r}: llama.cpp reads frequency "
+                         f"factors for llama only, not for {family.gguf_arch}")
+    return np.array(factors, np.float32)
+
+
+def _file_type(tensors: list[PlannedTensor]) -> LlamaFileType:
+    """The type that most weights of the decoder's linears have."""
+    sizes: Counter = Counter()
+    for tensor in tensors:
+        if tensor.source.startswith("layers.") and len(tensor.shape) == 2:
+            sizes[tensor.type] += prod(tensor.shape)
+    kind = sizes.most_common(1)[0][0].name
+    return LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
+
+
+def _general_entries(plan: Plan, folder: Path, name: str | None, config: ModelConfig) -> Entries:
+    """general.*: the source GGUF's, except what the export decides."""
+    source = read_entries(folder / "vocab.gguf") if (folder / "vocab.gguf").is_file() else {}
+    entries = {key: value for key, value in source.items()
+               if key.startswith("general.") and key not in _RECOMPUTED}
+    label = size_label(plan.weights, plan.weights, 0, 0)
+    head: Entries = {"general.architecture": string(plan.arch), "general.type": string("model")}
+    if name or config.name:
+        head["general.name"] = string(name or config.name)
+    elif "general.name" in source:
+        head["general.name"] = source["general.name"]
+    return head | entries | {"general.size_label": string(label), "general.file_type": u32(plan.file_type),
+                             "general.quantization_version": u32(2)}
+
+
+def _model_entries(arch: str, config: ModelConfig, notes: list[str]) -> Entries:
+    """`{arch}.*`: the decoder's sizes, norm epsilon and RoPE."""
+    context = config.max_position_embeddings
+    if config.sliding_window and config.sliding_window < context:
+        context = config.sliding_window
+        notes.append(f"llama.cpp attends to the whole context; context_length is set to the model's sliding "
+                     f"window of {context} tokens, within which that is the same")
+    values = {
+        "vocab_size": u32(config.vocab_size),
+        "context_length": u32(context),
+        "embedding_length": u32(config.hidden_size),
+        "block_count": u32(config.num_hidden_layers),
+        "feed_forward_length": u32(config.intermediate_size),
+        "attention.head_count": u32(config.num_attention_heads),
+        "attention.head_count_kv": u32(config.num_key_value_heads),
+        "attention.key_length": u32(config.head_dim),
+        "attention.value_length": u32(config.head_dim),
+        "attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
+        "rope.dimension_count": u32(config.head_dim),
+        "rope.freq_base": f32(config.rope_theta),
+    }
+    if (config.rope_scaling or {}).get("rope_type") == "linear":
+        values |= {"rope.scaling.type": string("linear"),
+                   "rope.scaling.factor": f32(config.rope_scaling["factor"])}
+    return {f"{arch}.{key}": value for key, value in values.items()}
+
+
+def _special_ids(config: ModelConfig) -> dict[str, int]:
+    """Special token ids of config.json (the first where there are several)."""
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        value = config.extra.get(f"{name}_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and 0 <= value < config.vocab_size:
+            ids[name] = value
+    return ids

@@ -1,0 +1,246 @@
+"""The command line: `optrot-edge export | rotate | quantize | eval | reference | inspect | doctor`.
+
+Exit codes: 0 done, 1 internal failure, 2 bad input or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from optrot_edge.errors import InputError
+from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rows
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp, "
+                       "and measure what was lost.")
+settings = {"debug": False, "quiet": False, "json": False}
+
+
+@app.callback()
+def main_options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False):
+    """Options before the command."""
+    settings["debug"] = debug
+
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or a GGUF file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Rotation = Annotated[str, typer.Option(help="How: none, hadamard, optrot, or a file saved by `rotate`.")]
+Rotate = Annotated[str, typer.Option(help="Which rotations: a list of r1, r2, r3, r4.")]
+R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4 (a power of two).")]
+Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
+Steps = Annotated[int, typer.Option(help="OptRot steps; the paper's setting is 1000 with --optrot-rows 0.")]
+Rows = Annotated[int, typer.Option(help="Rows drawn per OptRot step; 0 takes all.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Type = Annotated[str, typer.Option(help="Type of the decoder's matrices: q4_0, q4_1, q5_0, q5_1, q8_0, f16, f32, "
+                                        "or int4-g128-sym and the like (checkpoints only).")]
+EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding [default: --type].")]
+HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix [default: q8_0].")]
+Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
+Calibration = Annotated[str, typer.Option(help="builtin (Python's own help texts), a text file, a hub dataset "
+                                               "name[:config], or none (rtn only).")]
+Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+Damp = Annotated[float, typer.Option(help="Hessian damping, fraction of its mean diagonal.")]
+ActOrder = Annotated[bool, typer.Option(help="Visit columns in order of falling diag(H).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it would take.")]
+VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
+
+
+def _reporter(quiet: bool, as_json: bool) -> Reporter:
+    settings["quiet"], settings["json"] = quiet, as_json
+    return Reporter(enabled=not quiet)
+
+
+def _emit(result: dict, show) -> None:
+    """JSON on standard output, or a table unless quiet."""
+    if settings["json"]:
+        print(json.dumps(result, indent=1))
+    elif not settings["quiet"]:
+        show(result)
+
+
+@app.command()
+def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, a GGUF file, or a checkpoint "
+                                                     "made by `quantize`.")],
+           out: Annotated[Path, typer.Option(help="The package to write.")],
+           format: Annotated[str, typer.Option(help="Package format: gguf.")] = "gguf",
+           type: Type = "q4_0", embedding_type: EmbeddingType = None, head_type: HeadType = None,
+           rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
+           optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
+           quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
+           seqlen: Seqlen = 256, damp: Damp = 0.01, act_order: ActOrder = True, seed: Seed = 0,
+           device: Device = "auto",
+           checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint in this folder.")] = None,
+           vocab_from: VocabFrom = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+           quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
+    """Rotate, quantise and package MODEL in one step (or package a checkpoint)."""
+    from optrot_edge import pipeline
+
+    with _reporter(quiet, json) as reporter:
+        fields = _recipe_fields(ctx)
+        given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
+        if dry_run:
+            return _emit(pipeline.plan(model, **fields), print_plan)
+        result = pipeline.export(model, out, format=format, overwrite=overwrite, checkpoint=checkpoint,
+                                 vocab_from=vocab_from, progress=reporter.update,
+                                 **(given if pipeline.is_checkpoint(model) else fields))
+    _emit(result, lambda r: print_rows(r, "Written and verified"))
+
+
+@app.command()
+def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+             type: Type = "q4_0", embedding_type: EmbeddingType = None, head_type: HeadType = None,
+             rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
+             optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
+             quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
+             seqlen: Seqlen = 256, damp: Damp = 0.01, act_order: ActOrder = True, seed: Seed = 0,
+             device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False,
+             quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
+    """Rotate and quantise MODEL into a checkpoint that `export` packages."""
+    from optrot_edge import pipeline
+
+    with _reporter(quiet, json) as reporter:
+        fields = _recipe_fields(ctx)
+        if dry_run:
+            return _emit(pipeline.plan(model, **fields), print_plan)
+        path = pipeline.quantize(model, out, overwrite=overwrite, progress=reporter.update, **fields)
+    from optrot_edge.inspect import inspect_path
+
+    _emit(inspect_path(path), print_inspection)
+
+
+@app.command()
+def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation file (.safetensors) to write.")],
+           rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
+           optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
+           seed: Seed = 0, device: Device = "auto", overwrite: Overwrite = False, quiet: Quiet = False,
+           json: Json = False, ctx: typer.Context = None):
+    """Learn or draw a rotation for MODEL and save it, to be reused with --rotation FILE."""
+    from optrot_edge import pipeline
+
+    with _reporter(quiet, json) as reporter:
+        made = pipeline.rotate(model, out, overwrite=overwrite, progress=reporter.update, **_recipe_fields(ctx))
+    summary = {"path": str(out), "rotation": made.method, "applied": made.applied,
+               **{k: v for k, v in made.recipe.items() if not k.startswith("layer_")}}
+    _emit(summary, lambda r: print_rows(r, "Rotation"))
+
+
+@app.command("eval")
+def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a checkpoint folder.")],
+             reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
+             text: Annotated[str | None, typer.Option(help="Evaluation text: a file, builtin, or a hub dataset.")] = None,
+             windows: Annotated[int | None, typer.Option(help="Windows scored [default: all, at most 32].")] = None,
+             window: Annotated[int | None, typer.Option(help="Tokens per window [default: 256].")] = None,
+             backend: Annotated[str | None, typer.Option(help="llama.cpp or torch [default: by kind].")] = None,
+             device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+             out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
+             speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
+             quiet: Quiet = False, json: Json = False):
+    """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
+    from optrot_edge import pipeline
+    from optrot_edge.runtime.evaluate import write_report
+
+    with _reporter(quiet, json) as reporter:
+        report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
+                                   device=device, speed=speed,
+                                   progress=lambda done, total, what: reporter.update(what, done, total, ""))
+        if out is not None:
+            write_report(out, report)
+    _emit(report, print_report)
+
+
+@app.command()
+def reference(model: Model, text: Annotated[str, typer.Option(help="A file, builtin, or a hub dataset.")],
+              out: Annotated[Path, typer.Option(help="The reference file (.json or .json.gz).")],
+              windows: Annotated[int | None, typer.Option(help="Windows [default: all, at most 32].")] = None,
+              window: Annotated[int | None, typer.Option(help="Tokens per window [default: 256].")] = None,
+              top_k: Annotated[int, typer.Option(help="Log-probabilities kept per position.")] = 64,
+              device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+              overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False):
+    """Score a text with MODEL once, so that devices without torch or MODEL can check a package."""
+    from optrot_edge import pipeline
+
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
+    with _reporter(quiet, json) as reporter:
+        made = pipeline.write_reference(model, out, text=text, windows=windows, window=window, top_k=top_k,
+                                        device=device,
+                                        progress=lambda done, total, what: reporter.update(what, done, total, ""))
+    summary = {"path": str(out), "windows": made.tokens.shape[0], "window": made.tokens.shape[1],
+               "bytes": out.stat().st_size}
+    _emit(summary, lambda r: print_rows(r, "Reference"))
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF or a rotation file.")],
+            quiet: Quiet = False, json: Json = False):
+    """What a file or folder holds: family, types, bits per weight, recipe, per-layer errors."""
+    from optrot_edge.inspect import inspect_path
+
+    _reporter(quiet, json)
+    _emit(inspect_path(path), print_inspection)
+
+
+@app.command()
+def doctor(probe: Annotated[bool, typer.Option("--probe", help="Import each library to be sure.")] = False,
+           quiet: Quiet = False, json: Json = False):
+    """Which runtimes, devices and extras are usable here."""
+    from optrot_edge.runtime.doctor import doctor as examine
+    from optrot_edge.terminal import print_doctor
+
+    _reporter(quiet, json)
+    _emit({"rows": examine(probe)}, print_doctor)
+
+
+def _recipe_fields(ctx: typer.Context) -> dict:
+    """The command's parameters that are fields of a Recipe."""
+    import dataclasses
+
+    from optrot_edge.pipeline import Recipe
+
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    return {name: value for name, value in ctx.params.items() if name in names}
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name).name == "COMMANDLINE"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with the codes of the module's docstring."""
+    settings.update(debug=False, quiet=False, json=False)
+    errors = Console(stderr=True)
+    try:
+        app(arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing half-written was left behind", style="yellow")
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, EOFError):
+        sys.exit(130)
+    except Exception as error:  # the last line of defence: one line, unless --debug
+        if settings["debug"]:
+            raise
+        if hasattr(error, "format_message"):  # click's usage errors
+            sys.exit(_fail(errors, error.format_message() + " (see --help)", 2))
+        if isinstance(error, InputError):
+            sys.exit(_fail(errors, str(error), 2))
+        if isinstance(error, OSError) and error.filename is not None:
+            sys.exit(_fail(errors, f"{error.filename}: {error.strerror}", 2))
+        sys.exit(_fail(errors, f"internal failure: {type(error).__name__}: {error} (--debug shows where)", 1))
+
+
+def _fail(errors: Console, message: str, code: int) -> int:
+    errors.print("error: ", style="bold red", end="")
+    errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+    return code

@@ -1,0 +1,228 @@
+"""Grids that formats store: fit scales once at stored precision, freeze them, then round to codes.
+
+`fit` is a weighted least-squares search in the manner of llama.cpp's imatrix quantisers: weight
+`a = h·√(σ² + w²)` per element, h the importance of its input column, σ² the row's mean square; for
+each candidate step the best scale (and offset) has a closed form, and the winner is polished by
+alternating rounding and least squares before its scale is rounded to the stored precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optrot_edge.checkpoint import GridSpec, QuantizedTensor, grid_spec
+from optrot_edge.errors import InputError
+
+CHUNK = 2**14  # blocks searched at once: keeps every temporary inside the cache
+POLISH = 3  # rounds of alternating least squares after the search
+
+
+@dataclass
+class GridParams:
+    """Frozen parameters: scales and offsets [out, groups], float32 holding stored-precision values.
+
+    `offsets` is None ("symmetric"), float mins ("min") or integer zero-points ("zero").
+    """
+
+    scales: torch.Tensor
+    offsets: torch.Tensor | None = None
+
+    def columns(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Transposed copies [groups, out] in float64, as the column-by-column quantiser reads them."""
+        dtype = torch.float32 if self.scales.device.type == "mps" else torch.float64
+        turn = lambda t: None if t is None else t.T.to(dtype).contiguous()  # noqa: E731
+        return turn(self.scales), turn(self.offsets)
+
+
+class Grid:
+    """One storable grid; see GridSpec for its levels."""
+
+    def __init__(self, spec: GridSpec | str):
+        self.spec = grid_spec(spec) if isinstance(spec, str) else spec
+        self.top = self.spec.levels - 1
+        self.center = self.spec.levels // 2
+
+    def check_width(self, columns: int, name: str = "weight") -> None:
+        """InputError unless rows of `columns` weights divide into groups."""
+        if columns % self.spec.group_size:
+            raise InputError(f"{name}: rows of {columns} weights do not divide into groups of "
+                             f"{self.spec.group_size} ({self.spec.name}); choose another type or group size")
+
+    def codes_of(self, w, scale, offset) -> torch.Tensor:
+        """Nearest codes (as floats) of `w` under broadcast scale and offset; scale 0 gives value 0."""
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        if self.spec.kind == "min":
+            codes = (w - offset) / safe
+        else:
+            codes = w / safe + (self.center if self.spec.kind == "symmetric" else offset)
+        neutral = offset if self.spec.kind == "zero" else float(self.center)
+        codes = torch.where(scale == 0, neutral, codes)
+        return codes.round_().clamp_(0, self.top)
+
+    def values_of(self, codes, scale, offset) -> torch.Tensor:
+        """Decode (float) codes under broadcast scale and offset."""
+        if self.spec.kind == "min":
+            return codes * scale + offset
+        return (codes - (self.center if self.spec.kind == "symmetric" else offset)) * scale
+
+    def round(self, weight: torch.Tensor, params: GridParams) -> torch.Tensor:
+        """Round-to-nearest codes, uint8 [out, in]."""
+        blocks = weight.view(weight.shape[0], -1, self.spec.group_size)
+        scale, offset = self._per_block(params, blocks.dtype)
+        return self.codes_of(blocks, scale, offset).to(torch.uint8).view(weight.shape)
+
+    def decode(self, codes: torch.Tensor, params: GridParams) -> torch.Tensor:
+        """float32 weights [out, in] of uint8 codes."""
+        blocks = codes.view(codes.shape[0], -1, self.spec.group_size).float()
+        scale, offset = self._per_block(params, torch.float32)
+        return self.values_of(blocks, scale, offset).view(codes.shape)
+
+    @staticmethod
+    def _per_block(params: GridParams, dtype):
+        offset = None if params.offsets is None else params.offsets[..., None].to(dtype)
+        return params.scales[..., None].to(dtype), offset
+
+    def pack(self, codes: torch.Tensor, params: GridParams) -> QuantizedTensor:
+        """The checkpoint's tensor: numpy codes and parameters in their stored dtypes."""
+        stored = self.spec.scale_dtype
+        offsets = params.offsets
+        if offsets is not None:
+            offsets = offsets.cpu().numpy().astype("uint8" if self.spec.kind == "zero" else stored)
+        return QuantizedTensor(self.spec, codes.cpu().numpy(), params.scales.cpu().numpy().astype(stored),
+                               offsets)
+
+    def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> GridParams:
+        """Weighted least-squares parameters for `weight` [out, in]; `importance` [in] ≥ 0 or None.
+
+        Raises InputError when a scale does not fit the stored precision (weights beyond fp16's range).
+        """
+        weight = weight.float()
+        rows, columns = weight.shape
+        self.check_width(columns)
+        group = self.spec.group_size
+        spread = weight.square().mean(1, keepdim=True)
+        scales = torch.empty(rows * columns // group, device=weight.device)
+        offsets = None if self.spec.kind == "symmetric" else torch.empty_like(scales)
+        step = max(1, CHUNK * 32 // columns)
+        for first in range(0, rows, step):
+            part = weight[first:first + step]
+            a = (spread[first:first + step] + part.square()).sqrt()
+            if importance is not None:
+                a = a * importance.to(a)
+            blocks, a = part.reshape(-1, group), a.reshape(-1, group)
+            scale, offset = (self._search_symmetric if self.spec.kind == "symmetric"
+                             else self._search_affine)(blocks, a)
+            place = slice(first * columns // group, first * columns // group + len(blocks))
+            scales[place] = scale
+            if offsets is not None:
+                offsets[place] = offset
+        if not scales.isfinite().all() or (offsets is not None and not offsets.isfinite().all()):
+            raise InputError(f"the scales of {self.spec.name} overflow {self.spec.scale_dtype}; "
+                             "are the weights damaged?")
+        shape = (rows, columns // group)
+        return GridParams(scales.view(shape), None if offsets is None else offsets.view(shape))
+
+    def _store(self, value: torch.Tensor) -> torch.Tensor:
+        return value.half().float() if self.spec.scale_dtype == "float16" else value
+
+    def _loss(self, blocks, a, scale, offset) -> torch.Tensor:
+        """Weighted squared error per block and the codes it was measured with."""
+        offset = None if offset is None else offset[:, None]
+        codes = self.codes_of(blocks, scale[:, None], offset)
+        error = self.values_of(codes, scale[:, None], offset).sub_(blocks).square_().mul_(a).sum(1)
+        return error, codes
+
+    def _search_symmetric(self, blocks, a):
+        """Candidates put the entry of largest magnitude on or near either end of the level range."""
+        extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
+        best_gain = torch.full_like(extreme, -1.0)
+        best = torch.zeros_like(extreme)
+        aw = a * blocks
+        span = float(self.center)
+        shifts = [0.1 * k for k in range(-9, 10)] if self.spec.bits < 8 else [0.0]
+        ends = [-(span + s) for s in shifts] + [span - 1 + s for s in shifts[4::2]]
+        for end in ends:
+            inverse = torch.where(extreme == 0, 0.0, end / extreme)
+            q = (blocks * inverse[:, None]).round_().clamp_(-span, span - 1)
+            cross, square = (aw * q).sum(1), (a * q).mul_(q).sum(1)
+            gain = torch.where(square > 0, cross * cross / square, 0.0)
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best = torch.where(better, torch.where(square > 0, cross / square, 0.0), best)
+        return self._polish(blocks, a, best, None)
+
+    def _search_affine(self, blocks, a):
+        """Candidates shrink or stretch the block's range about its lower end; LS fixes the rest."""
+        low, high = blocks.amin(1), blocks.amax(1)
+        if self.spec.kind == "zero":
+            low, high = low.clamp_max(0), high.clamp_min(0)
+        span = high - low
+        scale, offset = self._finish(span / self.top, low)
+        best_loss, _ = self._loss(blocks, a, scale, offset)
+        sums = a.sum(1), (a * blocks).sum(1)
+        shifts = [-0.9 + 0.15 * k for k in range(21)] if self.spec.bits < 8 else [0.0]
+        for shift in shifts:
+            step = span / (self.top + shift)
+            codes = self.codes_of(blocks, step[:, None], self._as_offset(step, low)[:, None])
+            new_scale, new_offset = self._finish(*self._least_squares(blocks, a, codes, sums, step, low))
+            loss, _ = self._loss(blocks, a, new_scale, new_offset)
+            better = loss < best_loss
+            best_loss = torch.where(better, loss, best_loss)
+            scale, offset = torch.where(better, new_scale, scale), torch.where(better, new_offset, offset)
+        return self._polish(blocks, a, scale, offset)
+
+    def _as_offset(self, scale, low):
+        """What `codes_of` takes as the offset for a block that starts at `low`."""
+        if self.spec.kind == "min":
+            return low
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return (-low / safe).round().clamp(0, self.top)
+
+    def _finish(self, scale, low):
+        """Scale and offset at stored precision."""
+        scale = self._store(scale)
+        return scale, self._store(self._as_offset(scale, low))
+
+    def _least_squares(self, blocks, a, codes, sums, scale, low):
+        """Best (scale, low) for fixed codes; the old ones where the 2×2 system is singular."""
+        total, weighted = sums
+        aq = a * codes
+        sum_q, sum_qq, sum_qw = aq.sum(1), (aq * codes).sum(1), (aq * blocks).sum(1)
+        if self.spec.kind == "zero":
+            zero = self._as_offset(scale, low)
+            cross = sum_qw - zero * weighted
+            square = sum_qq - 2 * zero * sum_q + zero * zero * total
+            new = torch.where(square > 0, cross / square, scale)
+            return new, -zero * new
+        determinant = total * sum_qq - sum_q * sum_q
+        usable = determinant > 1e-12 * total * sum_qq
+        new_scale = (total * sum_qw - sum_q * weighted) / determinant
+        new_low = (sum_qq * weighted - sum_q * sum_qw) / determinant
+        return torch.where(usable, new_scale, scale), torch.where(usable, new_low, low)
+
+    def _polish(self, blocks, a, scale, offset):
+        """Alternate rounding and least squares from stored-precision parameters; keep improvements."""
+        scale = self._store(scale)
+        best_loss, codes = self._loss(blocks, a, scale, offset)
+        sums = a.sum(1), (a * blocks).sum(1)
+        for _ in range(POLISH):
+            if offset is None:
+                q = codes - self.center
+                square = (a * q * q).sum(1)
+                new_scale = self._store(torch.where(square > 0, (a * q * blocks).sum(1) / square, scale))
+                new_offset = None
+            else:
+                low = offset if self.spec.kind == "min" else -offset * scale
+                new_scale, new_offset = self._finish(
+                    *self._least_squares(blocks, a, codes, sums, scale, low))
+            loss, new_codes = self._loss(blocks, a, new_scale, new_offset)
+            better = loss < best_loss
+            if not better.any():
+                break
+            best_loss = torch.where(better, loss, best_loss)
+            scale = torch.where(better, new_scale, scale)
+            offset = None if offset is None else torch.where(better, new_offset, offset)
+            codes = torch.where(better[:, None], new_codes, codes)
+        return scale, offset

@@ -1,0 +1,101 @@
+"""A set of rotations: what was learned or drawn, for which model, and how to keep it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from optrot_edge.errors import InputError
+from optrot_edge.models.config import ModelConfig
+
+ORTHOGONALITY = 1e-12  # largest entry of |RᵀR − I| that a stored rotation may have, in float64
+
+
+def polar(matrix: torch.Tensor) -> torch.Tensor:
+    """Nearest orthogonal matrix (batched, square), by SVD in float64."""
+    u, _, vh = torch.linalg.svd(matrix.double())
+    return u @ vh
+
+
+def orthogonality_error(matrix: torch.Tensor) -> float:
+    """max |RᵀR − I| of a (batched) square matrix in float64."""
+    eye = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    return float((matrix.double().mT @ matrix.double() - eye).abs().max())
+
+
+@dataclass
+class Rotation:
+    """R1 [hidden, hidden], R2 [layers, kv_heads, head_dim, head_dim] (float64 or None), and the
+    block sizes of the online Walsh-Hadamard rotations R3 and R4 (None when off).
+
+    `method` is "none", "hadamard" or "optrot"; `recipe` records how it was made (seed, construction,
+    solver, losses).
+    """
+
+    method: str
+    r1: torch.Tensor | None = None
+    r2: torch.Tensor | None = None
+    r3_block: int | None = None
+    r4_block: int | None = None
+    recipe: dict = field(default_factory=dict)
+
+    @property
+    def applied(self) -> list[str]:
+        """Names of the rotations in force, e.g. ["r1", "r2"]."""
+        on = {"r1": self.r1 is not None, "r2": self.r2 is not None,
+              "r3": self.r3_block is not None, "r4": self.r4_block is not None}
+        return [name for name, present in on.items() if present]
+
+    def describe(self) -> dict:
+        """JSON-serialisable summary for manifests."""
+        return {"rotation": self.method, "applied": self.applied, "r3_block": self.r3_block,
+                "r4_block": self.r4_block, "recipe": self.recipe}
+
+    def validate(self, config: ModelConfig) -> None:
+        """Raise InputError unless shapes fit `config` and R1, R2 are orthogonal in float64."""
+        expected = {"R1": (self.r1, (config.hidden_size,) * 2),
+                    "R2": (self.r2, (config.num_hidden_layers, config.num_key_value_heads,
+                                     config.head_dim, config.head_dim))}
+        for name, (matrix, shape) in expected.items():
+            if matrix is None:
+                continue
+            if tuple(matrix.shape) != shape:
+                raise InputError(f"rotation {name} has shape {tuple(matrix.shape)}, the model needs {shape}; "
+                                 "it was made for another model")
+            if not (error := orthogonality_error(matrix)) <= ORTHOGONALITY:
+                raise InputError(f"rotation {name} is not orthogonal: max |RᵀR - I| = {error:.1e}")
+        for name, block, size in (("R3", self.r3_block, config.head_dim),
+                                  ("R4", self.r4_block, config.intermediate_size)):
+            if block is not None and (block < 2 or block & (block - 1) or size % block):
+                raise InputError(f"{name} block {block} must be a power of two that divides {size}")
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file (through a temporary name)."""
+        path = Path(path)
+        tensors = {k: v.contiguous() for k, v in (("r1", self.r1), ("r2", self.r2)) if v is not None}
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file(tensors, partial, metadata={"optrot": json.dumps(self.describe())})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {path}: {error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Rotation:
+        """Read a file written by `save`; InputError when it is something else."""
+        try:
+            with safe_open(path, framework="pt") as handle:
+                about = json.loads((handle.metadata() or {})["optrot"])
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"{path} is not a saved rotation ({error}); "
+                             "make one with `optrot-edge rotate`") from None
+        return cls(about["rotation"], tensors.get("r1"), tensors.get("r2"),
+                   about["r3_block"], about["r4_block"], about["recipe"])

@@ -1,0 +1,28 @@
+"""Settings and tiny models shared by every test of the session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Without an NVIDIA device Triton's kernels run in its interpreter, on CPU tensors. The variable is
+# read when a kernel is defined, so it is set before anything imports triton.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """`tiny(case, shards=False)`: folder of a saved tiny model, made once; do not write into it."""
+    from tests.tiny_models import save_tiny
+
+    folders = {}
+
+    def folder(case: str, shards: bool = False):
+        key = (case, shards)
+        if key not in folders:
+            folders[key] = save_tiny(tmp_path_factory.mktemp(case) / "model", case, shards=shards)
+        return folders[key]
+
+    return folder

@@ -1,0 +1,93 @@
+"""A device needs numpy and one runtime: everything here runs with the heavy packages blocked."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optrot_edge.runtime.doctor import doctor
+from optrot_edge.runtime.evaluate import write_reference_file
+from tests.runtime.byte_llama import TEXT
+
+BLOCK = """
+import sys
+blocked = set({names!r})
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+HEAVY = ["torch", "transformers", "tokenizers", "datasets", "triton"]
+
+
+def run(code, *names):
+    """Run `code` in a fresh interpreter in which `names` cannot be imported; its output."""
+    script = BLOCK.format(names=list(names)) + code
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_modules_import_with_numpy_alone():
+    names = [path.stem for path in Path(__file__).parents[2].joinpath("runtime").glob("*.py")]
+    assert "evaluate" in names
+    code = "import importlib\n" + "\n".join(
+        f"importlib.import_module('optrot_edge.runtime.{name}')" for name in names if name != "__init__")
+    code += "\nprint({'torch', 'transformers', 'llama_cpp', 'gguf'} & set(sys.modules) or 'light')"
+    assert run(code, *HEAVY, "llama_cpp", "gguf", "mlx", "onnxruntime", "typer", "rich").strip() == "light"
+
+
+@pytest.mark.slow
+def test_reference_file_evaluates_without_torch(tiny, noisy, tmp_path):
+    path = tmp_path / "ref.json"
+    write_reference_file(tiny, path, text=TEXT, windows=2, window=48)
+    code = f"""
+from optrot_edge.runtime.evaluate import evaluate_package
+report = evaluate_package({str(noisy)!r}, reference={str(path)!r})
+print(report["kl_is_lower_bound"], 0 < report["kl_mean"] < report["kl_upper_bound"])
+report = evaluate_package({str(noisy)!r}, reference={str(tiny)!r}, text={TEXT!r}, windows=1, window=32)
+print(report["reference_runtime"].startswith("llama.cpp"), "torch" in sys.modules)
+"""
+    assert run(code, *HEAVY).split() == ["True", "True", "True", "False"]
+
+
+@pytest.mark.parametrize(("code", "blocked", "extra"), [
+    ("LlamaCppBackend({path!r})", "llama_cpp", "llamacpp"),
+    ("TorchBackend({path!r})", "torch", "learn"),
+])
+def test_a_missing_runtime_names_its_extra(tiny, code, blocked, extra):
+    code = f"""
+from optrot_edge.errors import InputError
+from optrot_edge.runtime.llama_cpp import LlamaCppBackend
+from optrot_edge.runtime.torch_reference import TorchBackend
+try:
+    {code.format(path=str(tiny))}
+except InputError as error:
+    print(error)
+"""
+    assert f'pip install "optrot-edge[{extra}]"' in run(code, blocked)
+
+
+def test_doctor_rows():
+    rows = {row["name"]: row for row in doctor()}
+    assert all(row.keys() == {"kind", "name", "usable", "detail", "install"} for row in rows.values())
+    assert rows["llama-cpp-python"]["usable"] and rows["torch"]["usable"] and rows["cpu"]["usable"]
+    assert rows["llama-cpp-python"]["kind"] == "runtime"
+    assert not rows["llama-cpp-python"]["install"]
+    out = run("from optrot_edge.runtime.doctor import doctor\n"
+              "print([r for r in doctor() if r['name'] == 'torch'], 'llama_cpp' in sys.modules)", "torch")
+    assert "'usable': False" in out and 'optrot-edge[learn]' in out
+    assert out.strip().endswith("False")
+
+
+@pytest.mark.slow
+def test_doctor_probe_finds_a_broken_installation(tmp_path, monkeypatch):
+    (tmp_path / "mlx.py").write_text("raise OSError('libmlx.so: cannot open')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    row = {row["name"]: row for row in doctor(probe=True)}["mlx"]
+    assert not row["usable"]
+    assert "libmlx.so" in row["detail"] and "pip install" in row["install"]
