@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
-import json
 import subprocess
 import tempfile
 import time
@@ -64,15 +64,20 @@ class Bench:
         with LlamaCppBackend(self.model, vocab_only=True) as backend:
             self.windows = evaluation_windows(backend, text.evaluation, arguments.windows, arguments.seqlen)
             calibration = calibration_text(backend, text.calibration, arguments.nsamples, arguments.seqlen)
-        self.calibration = self.work / "calibration.txt"
+        digest = hashlib.sha256(calibration.encode()).hexdigest()
+        self.calibration = self.work / f"calibration-{digest[:12]}.txt"
         self.calibration.write_text(calibration, encoding="utf-8")
         self.settings = {
             "testbed": self.model.name, "testbed_sha256": sha256(self.model),
             "text": text.source, "text_sha256": text.sha256,
-            "calibration_sha256": hashlib.sha256(calibration.encode()).hexdigest(),
+            "calibration_sha256": digest,
             "windows": arguments.windows, "seqlen": arguments.seqlen, "nsamples": arguments.nsamples,
             "recipe": arguments.recipe}
-        self.reference = Reference(self.model, self.windows, self.work)
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The float model's scores; computed when the first arm needs them."""
+        return Reference(self.model, self.windows, self.work)
 
     def source(self, arm: Arm) -> Path:
         """The float model that `arm` quantises."""
@@ -114,8 +119,8 @@ class Bench:
 
     def imatrix(self, arm: Arm) -> Path:
         """llama-imatrix on the calibration text, once per model, text and shape."""
-        settings = json.dumps([self.source(arm).name, self.settings], sort_keys=True)
-        out = self.work / f"imatrix-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.gguf"
+        shape = f"{self.options.nsamples}x{self.options.seqlen}"
+        out = self.work / f"imatrix-{self.source(arm).stem}-{self.calibration.stem}-{shape}.gguf"
         if not out.exists():
             partial = out.with_suffix(".partial.gguf")  # another suffix would be written in the old format
             length = str(self.options.seqlen)

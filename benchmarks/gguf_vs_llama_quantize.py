@@ -11,9 +11,10 @@ GPTQ. Evaluation is 32 windows of 256 tokens spread evenly over the evaluation p
 
 *Arms*, for each body type. `stock`: llama-quantize with the imatrix, its default recipe (which at Q4_0
 gives the first layers' down projections Q4_1). `stock-pure`: the same with `--pure`, every linear of
-the one type, as ours are. `none`, `hadamard`, `optrot`: this project's GPTQ after that rotation (R1 and
-R2), the rotated ones over several seeds. `stock-permuted`, `none-permuted`: the control. Embedding and
-head are F16 in every arm; where nothing is rotated that is exactly what the float model holds.
+the one type, as ours are (only where the default recipe mixes types). `none`, `hadamard`, `optrot`:
+this project's GPTQ after that rotation (R1 and R2), the rotated ones over several seeds.
+`stock-permuted`, `none-permuted`: the control. Embedding and head are F16 in every arm; where nothing
+is rotated that is exactly what the float model holds.
 
 *Score.* KL(float ‖ arm) in nats over the full vocabulary, mean over all positions. First column: the
 file's dequantised weights in float32, in torch. Second: the file in real llama.cpp, whose activations
@@ -44,14 +45,17 @@ from rich.console import Console
 
 from optrot_edge.errors import InputError
 
+MIXED = ("q4_0", "q5_0")  # types whose default recipe in llama-quantize is not all of that type
 STOCK_ONLY = ("iq4_nl", "iq4_xs")  # types that llama-quantize has and our grids do not
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def plan(types: list[str], rotations: list[str], seeds: list[int], control: bool) -> list[Arm]:
     """All arms, stock first, so that ratios can be printed early."""
-    stock = ["stock", "stock-pure"] + (["stock-permuted"] if control else [])
-    arms = [Arm(kind, method) for kind in types for method in stock]
+    arms = []
+    for kind in types:
+        arms += [Arm(kind, "stock"), *([Arm(kind, "stock-pure")] if kind in MIXED else []),
+                 *([Arm(kind, "stock-permuted")] if control else [])]
     ours = [kind for kind in types if kind not in STOCK_ONLY]
     for rotation in rotations:
         for seed in [None] if rotation == "none" else seeds:  # types innermost: one rotation serves all

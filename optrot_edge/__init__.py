@@ -4,8 +4,13 @@ The names in `__all__` load on first use, so that `import optrot_edge` costs no 
 `quantize_model` is `optrot_edge.pipeline.quantize`: `optrot_edge.quantize` is the subpackage.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+
+# On a machine that does other things too, OpenMP threads that spin at a barrier cost an order of
+# magnitude; sleeping ones cost nothing measurable. Read when torch is loaded; the user's setting wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _LAZY = {
     "QuantizedCheckpoint": ("optrot_edge.checkpoint", "QuantizedCheckpoint"),

@@ -94,6 +94,7 @@ def test_plan_repeats_only_what_is_random():
     arms = plan(["q4_0", "iq4_nl"], ["none", "optrot"], [0, 1], control=True)
     assert [arm.id for arm in arms if not arm.stock] == ["q4_0/none", "q4_0/optrot/0", "q4_0/optrot/1",
                                                         "q4_0/none-permuted"]
+    assert [arm.id for arm in arms if arm.method == "stock-pure"] == ["q4_0/stock-pure"]
     assert Arm("iq4_nl", "stock") in arms
     assert {arm.id for arm in arms if arm.permuted} == {"q4_0/stock-permuted", "iq4_nl/stock-permuted",
                                                        "q4_0/none-permuted"}
