@@ -6,7 +6,7 @@
 function after a random permutation, which breaks what alignment with its former blocks is left.
 
 *Text.* `texts.py`: the first 60 % of the characters for evaluation, the last 30 % for calibration, the
-gap unused. Calibration is 48 × 256 tokens, the same string for llama-imatrix (context 256) and for our
+gap unused. Calibration is 96 × 256 tokens, the same string for llama-imatrix (context 256) and for our
 GPTQ. Evaluation is 32 windows of 256 tokens spread evenly over the evaluation part.
 
 *Arms*, for each body type. `stock`: llama-quantize with the imatrix, its default recipe (which at Q4_0
@@ -106,7 +106,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="our arms; empty for stock alone")
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2], help="seeds of the rotated arms")
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows")
-    parser.add_argument("--nsamples", type=int, default=48, help="calibration windows")
+    parser.add_argument("--nsamples", type=int, default=96, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a window")
     parser.add_argument("--testbed-seed", type=int, default=0)
     parser.add_argument("--recipe", type=json.loads, default={}, help="JSON: more fields of our recipe")

@@ -77,7 +77,7 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
            optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
            quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
-           seqlen: Seqlen = 256, damp: Damp = 0.01, act_order: ActOrder = True, seed: Seed = 0,
+           seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
            device: Device = "auto",
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint in this folder.")] = None,
            vocab_from: VocabFrom = None, dry_run: DryRun = False, overwrite: Overwrite = False,
@@ -102,7 +102,7 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
              rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
              optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
              quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
-             seqlen: Seqlen = 256, damp: Damp = 0.01, act_order: ActOrder = True, seed: Seed = 0,
+             seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
              device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False,
              quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
     """Rotate and quantise MODEL into a checkpoint that `export` packages."""

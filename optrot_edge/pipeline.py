@@ -51,7 +51,7 @@ class Recipe:
     calibration: str = "builtin"
     nsamples: int = 128
     seqlen: int = 256
-    damp: float = 0.01
+    damp: float = 0.1
     act_order: bool = True
     seed: int = 0
     device: str = "auto"

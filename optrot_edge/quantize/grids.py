@@ -1,7 +1,8 @@
 """Grids that formats store: fit scales once at stored precision, freeze them, then round to codes.
 
 `fit` is a weighted least-squares search in the manner of llama.cpp's imatrix quantisers: weight
-`a = h·√(σ² + w²)` per element, h the importance of its input column, σ² the row's mean square; for
+`a = h·√(σ² + w²)` per element, h the importance of its input column, σ² four times the row's mean
+square (measured against 0.5, 1 and ∞ of it: flat within 1 % of GPTQ's held-out loss); for
 each candidate step the best scale (and offset) has a closed form, and the winner is polished by
 alternating rounding and least squares before its scale is rounded to the stored precision.
 """
@@ -108,7 +109,7 @@ class Grid:
         step = max(1, CHUNK * 32 // columns)
         for first in range(0, rows, step):
             part = weight[first:first + step]
-            a = (spread[first:first + step] + part.square()).sqrt()
+            a = (4 * spread[first:first + step] + part.square()).sqrt()
             if importance is not None:
                 a = a * importance.to(a)
             blocks, a = part.reshape(-1, group), a.reshape(-1, group)

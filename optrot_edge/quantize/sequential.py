@@ -31,7 +31,7 @@ class QuantizerOptions:
     embedding: str = "q4_0"
     head: str = "q8_0"
     method: str = "gptq"
-    damp: float = 0.01
+    damp: float = 0.1
     act_order: bool = True
     batch_size: int = 8
     device: str = "cpu"
