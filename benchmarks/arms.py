@@ -149,10 +149,8 @@ class Bench:
         """Bytes and KL of the arm with embedding and head quantised."""
         rows = []
         for types in VARIANTS[is_tied(path)]:
-            if arm.stock:
-                shipped = self.run_stock(arm, folder, types)
-            else:
-                shipped = ship(path, types, folder / "ship.gguf")
+            out = folder / "ship.gguf"
+            shipped = self.run_stock(arm, folder, types) if arm.stock else ship(path, types, out)
             score = self.reference.score(torch_logits(shipped, self.windows))
             size = shipped.stat().st_size
             rows.append({"embedding": types[0], "head": types[1] if len(types) > 1 else "tied", "bytes": size,

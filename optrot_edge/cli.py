@@ -79,7 +79,7 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
            seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
            device: Device = "auto",
-           checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint in this folder.")] = None,
+           checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
            vocab_from: VocabFrom = None, dry_run: DryRun = False, overwrite: Overwrite = False,
            quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
     """Rotate, quantise and package MODEL in one step (or package a checkpoint)."""
@@ -137,7 +137,7 @@ def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation fi
 @app.command("eval")
 def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a checkpoint folder.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
-             text: Annotated[str | None, typer.Option(help="Evaluation text: a file, builtin, or a hub dataset.")] = None,
+             text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
              windows: Annotated[int | None, typer.Option(help="Windows scored [default: all, at most 32].")] = None,
              window: Annotated[int | None, typer.Option(help="Tokens per window [default: 256].")] = None,
              backend: Annotated[str | None, typer.Option(help="llama.cpp or torch [default: by kind].")] = None,

@@ -121,6 +121,9 @@ def make_rotation(source, recipe: Recipe, progress: Progress = _quiet):
     if recipe.rotation not in ROTATIONS:
         rotation = Rotation.load(recipe.rotation)
         rotation.validate(source.config)
+        if recipe.which != set(rotation.applied):
+            held = ",".join(rotation.applied)
+            raise InputError(f"--rotate {recipe.rotate}: {recipe.rotation} holds {held}; pass --rotate {held}")
         return rotation
     if recipe.rotation == "none":
         return Rotation("none")

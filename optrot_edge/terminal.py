@@ -100,12 +100,14 @@ def print_report(report: dict) -> None:
         return form.format(value) + ("" if error is None else " ± " + form.format(error))
 
     table = Table(title=f"{report['package']} against {report['reference']}", show_header=False, title_justify="left")
-    table.add_row("KL divergence, mean (nats)", cell("kl_mean", "{:.4f}"))
+    bound = " (lower bound)" if report.get("kl_is_lower_bound") else ""
+    table.add_row(f"KL divergence, mean (nats){bound}", cell("kl_mean", "{:.4f}"))
     table.add_row("KL median / p90 / p99", " / ".join(cell(f"kl_{q}", "{:.4f}") for q in ("median", "p90", "p99")))
     table.add_row("perplexity", cell("ppl", "{:.3f}"))
     table.add_row("perplexity of the reference", cell("ppl_reference", "{:.3f}"))
     table.add_row("top-1 agreement", cell("top1", "{:.4f}"))
     if report.get("kl_is_lower_bound"):
+        table.add_row("KL, unbiased estimate", cell("kl_estimate", "{:.4f}"))
         table.add_row("KL at most", cell("kl_upper_bound", "{:.4f}"))
     if report.get("nonfinite"):
         table.add_row("non-finite logits", str(report["nonfinite"]), style="bold red")

@@ -39,9 +39,9 @@ class PreparedHessian:
 def prepare_hessian(hessian: torch.Tensor, *, damp: float = 0.01, act_order: bool = True) -> PreparedHessian:
     """Factor H = E[xxᵀ] [in, in] for GPTQ.
 
-    Dead columns (H_jj = 0) get H_jj = 1. Damping grows tenfold at most twice (beyond the mean diagonal it would be noise) when the Cholesky
-    factorisation fails; the count is returned for the report. Raises InputError for a non-finite
-    Hessian or one that no damping repairs.
+    Dead columns (H_jj = 0) get H_jj = 1. When the Cholesky factorisation fails, damping grows tenfold, at
+    most twice (beyond the mean diagonal nothing of H is left); the count is returned for the report.
+    Raises InputError for a non-finite Hessian or one that no damping repairs.
     """
     if not hessian.isfinite().all():
         raise InputError("calibration produced non-finite activations; the model overflows or is damaged")

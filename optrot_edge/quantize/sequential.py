@@ -239,8 +239,8 @@ class SequentialQuantizer:
         importance but without GPTQ's feedback, which would damage the rows as lookups."""
         norm = self.model.final_norm(torch.float32)
         out = {"norm.weight": as_float(norm, "f32")}
-        hessian = self._accumulate(
-            lambda x: forward.rms_norm(x.to(self.device), norm.to(self.device), self.config.rms_norm_eps), self.config.hidden_size)
+        gain, eps = norm.to(self.device), self.config.rms_norm_eps
+        hessian = self._accumulate(lambda x: forward.rms_norm(x.to(self.device), gain, eps), self.config.hidden_size)
         head = self.model.lm_head(torch.float32)
         if head is None:
             diagonal = None if hessian is None else hessian.diagonal().diag()

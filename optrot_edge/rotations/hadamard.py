@@ -47,10 +47,7 @@ def _field(p: int, k: int) -> list[tuple[int, ...]]:
         element = (1,) + (0,) * (k - 1)
         powers = [element]
         while len(powers) < q:
-            if k == 1:
-                element = (element[0] * (code or 1) % p,)
-            else:
-                element = _poly_times_x(element, modulus, p)
+            element = (element[0] * (code or 1) % p,) if k == 1 else _poly_times_x(element, modulus, p)
             if element == powers[0] or not any(element):
                 break
             powers.append(element)
