@@ -3,8 +3,9 @@
     make gpu-check                                  every step
     make gpu-check STEPS="kernels objective"        some
     python benchmarks/gpu_check.py --interpret      the kernels step in Triton's interpreter, no GPU
+    python benchmarks/gpu_check.py --cpu            the rotation and quantizer steps at tiny sizes, no GPU
 
-Imports torch, triton and numpy besides this repository; installs nothing. Each step prints a table and
+Imports torch, triton, numpy and safetensors besides this repository; installs nothing. Each step prints a table and
 is merged into benchmarks/results/gpu_check.json under its own name. Exit codes: 0 all steps passed,
 1 one failed, 2 bad usage or no GPU.
 """
@@ -23,10 +24,11 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+import gpu_road  # noqa: E402
 import torch  # noqa: E402
 
 from optrot_edge.kernels import fourth_power as objective_kernels  # noqa: E402
@@ -50,24 +52,28 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"any of: {', '.join(STEPS)} (default: all)")
     parser.add_argument("--interpret", action="store_true", help="kernels step only, on CPU, tiny shapes")
+    parser.add_argument("--cpu", action="store_true", help="rotation and quantizer steps only, on CPU, tiny sizes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to merge the results into")
     args = parser.parse_args(argv)
     if unknown := [step for step in args.steps if step not in STEPS]:
         parser.error(f"unknown step {unknown[0]!r}; choose from {', '.join(STEPS)}")
-    if args.interpret and set(args.steps) - {"kernels"}:
-        parser.error("--interpret runs the kernels step only")
+    if args.interpret and args.cpu:
+        parser.error("--interpret and --cpu run different steps; give one")
+    without_gpu = ["kernels"] if args.interpret else ["rotation", "quantizer"] if args.cpu else []
+    if without_gpu and set(args.steps) - set(without_gpu):
+        parser.error(f"{'--interpret' if args.interpret else '--cpu'} runs {' and '.join(without_gpu)} only")
     if objective_kernels.triton is None:
         print("gpu-check: triton is not installed for this Python", file=sys.stderr)
         return 2
-    if not args.interpret and not torch.cuda.is_available():
+    if not without_gpu and not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} sees no CUDA GPU; pass --interpret to run the kernels "
-              "step in Triton's interpreter", file=sys.stderr)
+              "step in Triton's interpreter, or --cpu for the rotation and quantizer steps", file=sys.stderr)
         return 2
     failed = []
-    for name in ["kernels"] if args.interpret else args.steps or list(STEPS):
+    for name in args.steps or without_gpu or list(STEPS):
         print(f"== {name}", flush=True)
         start = time.perf_counter()
-        result = STEPS[name]("cpu" if args.interpret else "cuda")
+        result = STEPS[name]("cpu" if without_gpu else "cuda")
         result |= {"seconds": round(time.perf_counter() - start, 1), "environment": environment()}
         merge(args.out, name, result)
         if not result.get("passed", True):
@@ -260,11 +266,30 @@ def hadamard_step(device: str) -> dict:
     return {"rows": rows, "repeats": REPEATS, "statistic": "median"}
 
 
+def rotation_step(device: str) -> dict:
+    """See gpu_road.py."""
+    return with_tables(gpu_road.rotation_step(device))
+
+
+def quantizer_step(device: str) -> dict:
+    """See gpu_road.py."""
+    return with_tables(gpu_road.quantizer_step(device))
+
+
+def with_tables(result: dict) -> dict:
+    """`result`, its checks and timings printed."""
+    print_table(result["checks"])
+    print_table(result["timings"])
+    return result
+
+
 # Name to function(device) -> dict for the JSON; `passed: False` in it fails the run.
 STEPS: dict[str, Callable[[str], dict]] = {
     "kernels": kernels_step,
     "objective": objective_step,
     "hadamard": hadamard_step,
+    "rotation": rotation_step,
+    "quantizer": quantizer_step,
 }
 
 if __name__ == "__main__":

@@ -109,23 +109,41 @@ class QuantizedTensor:
 class CheckpointWriter:
     """Writes a checkpoint into a temporary folder beside `path`; `finish` renames it into place.
 
-    Use as a context manager: leaving it without `finish` removes the temporary folder.
+    Use as a context manager: leaving it without `finish` removes the temporary folder. `overwrite`
+    replaces a checkpoint or an empty folder, never anything else. Raises InputError when `path` is
+    taken or cannot be written.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False):
         self.path = Path(path)
-        if self.path.exists() and not overwrite:
-            raise InputError(f"{self.path} exists; choose another --out or pass --overwrite")
-        self.work = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
+        self._check_replaceable(overwrite)
+        beside = self.path.absolute()  # "." has no name to build on
+        self.work = beside.with_name(beside.name + ".partial")
+        self._replaced = beside.with_name(beside.name + ".replaced")
         self.tensors: dict[str, dict] = {}
+        shutil.rmtree(self.work, ignore_errors=True)
+        try:
+            self.work.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot create {self.path}: {error.strerror}; choose another --out") from None
+
+    def _check_replaceable(self, overwrite: bool) -> None:
+        if not self.path.exists():
+            return
+        if not overwrite:
+            raise InputError(f"{self.path} exists; choose another --out or pass --overwrite")
+        if not self.path.is_dir() or (not (self.path / MANIFEST).is_file() and any(self.path.iterdir())):
+            raise InputError(f"{self.path} is no checkpoint, and --overwrite replaces nothing else; "
+                             "choose another --out")
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *exc) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+        if self._replaced.exists() and not self.path.exists():
+            self._replaced.rename(self.path)  # stopped between the two renames of `finish`
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def write_shard(self, shard: str, tensors: dict[str, QuantizedTensor | np.ndarray]) -> None:
         """Write `tensors` as `shard`.safetensors."""
@@ -142,15 +160,22 @@ class CheckpointWriter:
                 flat[name] = tensor
             self.tensors[name] = entry
         flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
-        save_file(flat, self.work / f"{shard}.safetensors", metadata={"format": "np"})
+        try:
+            save_file(flat, self.work / f"{shard}.safetensors", metadata={"format": "np"})
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.path} cannot be written: {error}") from None
 
     def finish(self, manifest: dict) -> Path:
         """Write the manifest and move the folder into place."""
         manifest = {"format_version": FORMAT_VERSION, **manifest, "tensors": self.tensors}
-        (self.work / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.work.rename(self.path)
+        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+        try:
+            (self.work / MANIFEST).write_text(text, encoding="utf-8")
+            if self.path.exists():
+                self.path.rename(self._replaced)
+            self.work.rename(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error}") from None
         return self.path
 
 
@@ -164,8 +189,8 @@ class QuantizedCheckpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            self.manifest = json.loads((self.path / MANIFEST).read_text())
-        except FileNotFoundError:
+            self.manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path}: no {MANIFEST}; not a quantised checkpoint "
                              "(make one with `optrot-edge quantize`)") from None
         except (ValueError, OSError) as error:
@@ -189,16 +214,37 @@ class QuantizedCheckpoint:
             raise InputError(f"{self.path}: no tensor {name!r}")
         try:
             with safe_open(self.path / entry["file"], framework="np") as handle:
-                if "grid" not in entry:
-                    return handle.get_tensor(name)
-                spec = grid_spec(entry["grid"])
-                offsets = handle.get_tensor(f"{name}.{spec.offset_name}") if spec.offset_name else None
-                return QuantizedTensor(spec, handle.get_tensor(f"{name}.codes"),
-                                       handle.get_tensor(f"{name}.scales"), offsets)
+                tensor = self._read(handle, name, entry)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.path}/{entry['file']}: {error}") from None
+            raise InputError(f"{self.path}/{entry['file']} is missing or damaged ({error}); quantise again") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.path}: {name} is damaged ({error!r}); quantise again") from None
+        return tensor
+
+    @staticmethod
+    def _read(handle, name: str, entry: dict) -> QuantizedTensor | np.ndarray:
+        shape = tuple(entry["shape"])
+        if "grid" not in entry:
+            tensor = handle.get_tensor(name)
+            _require(tensor, shape, entry["dtype"])
+            return tensor
+        spec = grid_spec(entry["grid"])
+        codes, scales = handle.get_tensor(f"{name}.codes"), handle.get_tensor(f"{name}.scales")
+        offsets = handle.get_tensor(f"{name}.{spec.offset_name}") if spec.offset_name else None
+        per_group = (shape[0], shape[1] // spec.group_size)
+        _require(codes, shape, "uint8")
+        _require(scales, per_group, spec.scale_dtype)
+        if offsets is not None:
+            _require(offsets, per_group, "uint8" if spec.kind == "zero" else spec.scale_dtype)
+        return QuantizedTensor(spec, codes, scales, offsets)
 
     def weights(self, name: str) -> np.ndarray:
         """The tensor as float32, decoded when it is quantised."""
         tensor = self.get(name)
         return tensor.decode() if isinstance(tensor, QuantizedTensor) else tensor.astype(np.float32)
+
+
+def _require(array: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
+    """ValueError unless `array` is what the manifest announces."""
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        raise ValueError(f"{array.dtype} {list(array.shape)} where {dtype} {list(shape)} belongs")

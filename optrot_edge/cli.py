@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -42,8 +43,8 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Type = Annotated[str, typer.Option(help="Type of the decoder's matrices: q4_0, q4_1, q5_0, q5_1, q8_0, f16, f32, "
                                         "or int4-g128-sym and the like (checkpoints only).")]
-EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding [default: --type].")]
-HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix [default: q8_0].")]
+EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding (default: --type).")]
+HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0).")]
 Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
 Calibration = Annotated[str, typer.Option(help="builtin (Python's own help texts), a text file, a hub dataset "
                                                "name[:config], or none (rtn only).")]
@@ -88,11 +89,11 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
     with _reporter(quiet, json) as reporter:
         fields = _recipe_fields(ctx)
         given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
+        fields = given if pipeline.is_checkpoint(model) else fields
         if dry_run:
-            return _emit(pipeline.plan(model, **fields), print_plan)
+            return _emit(pipeline.plan(model, format=format, vocab_from=vocab_from, **fields), print_plan)
         result = pipeline.export(model, out, format=format, overwrite=overwrite, checkpoint=checkpoint,
-                                 vocab_from=vocab_from, progress=reporter.update,
-                                 **(given if pipeline.is_checkpoint(model) else fields))
+                                 vocab_from=vocab_from, progress=reporter.update, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
 
 
@@ -138,9 +139,9 @@ def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation fi
 def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a checkpoint folder.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
-             windows: Annotated[int | None, typer.Option(help="Windows scored [default: all, at most 32].")] = None,
-             window: Annotated[int | None, typer.Option(help="Tokens per window [default: 256].")] = None,
-             backend: Annotated[str | None, typer.Option(help="llama.cpp or torch [default: by kind].")] = None,
+             windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
+             window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
+             backend: Annotated[str | None, typer.Option(help="llama.cpp or torch (default: by kind).")] = None,
              device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
@@ -149,6 +150,8 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a 
     from optrot_edge import pipeline
     from optrot_edge.runtime.evaluate import write_report
 
+    if out is not None:
+        pipeline.prepare_output(out, overwrite=True)
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
                                    device=device, speed=speed,
@@ -161,16 +164,15 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a 
 @app.command()
 def reference(model: Model, text: Annotated[str, typer.Option(help="A file, builtin, or a hub dataset.")],
               out: Annotated[Path, typer.Option(help="The reference file (.json or .json.gz).")],
-              windows: Annotated[int | None, typer.Option(help="Windows [default: all, at most 32].")] = None,
-              window: Annotated[int | None, typer.Option(help="Tokens per window [default: 256].")] = None,
+              windows: Annotated[int | None, typer.Option(help="Windows (default: all, at most 32).")] = None,
+              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
               top_k: Annotated[int, typer.Option(help="Log-probabilities kept per position.")] = 64,
               device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
               overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False):
     """Score a text with MODEL once, so that devices without torch or MODEL can check a package."""
     from optrot_edge import pipeline
 
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
+    pipeline.prepare_output(out, overwrite)
     with _reporter(quiet, json) as reporter:
         made = pipeline.write_reference(model, out, text=text, windows=windows, window=window, top_k=top_k,
                                         device=device,
@@ -218,29 +220,27 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with the codes of the module's docstring."""
     settings.update(debug=False, quiet=False, json=False)
-    errors = Console(stderr=True)
     try:
-        app(arguments, standalone_mode=False)
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing half-written was left behind", style="yellow")
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (typer.Abort, EOFError):
-        sys.exit(130)
+        code = app(arguments, standalone_mode=False)  # None, or typer's: 0 for --help, 130 for Ctrl-C
+    except (KeyboardInterrupt, typer.Abort, EOFError):
+        code = 130
     except Exception as error:  # the last line of defence: one line, unless --debug
         if settings["debug"]:
-            raise
+            traceback.print_exc()
         if hasattr(error, "format_message"):  # click's usage errors
-            sys.exit(_fail(errors, error.format_message() + " (see --help)", 2))
+            _fail((error.format_message() or "no command given") + " (see --help)", 2)
         if isinstance(error, InputError):
-            sys.exit(_fail(errors, str(error), 2))
+            _fail(str(error), 2)
         if isinstance(error, OSError) and error.filename is not None:
-            sys.exit(_fail(errors, f"{error.filename}: {error.strerror}", 2))
-        sys.exit(_fail(errors, f"internal failure: {type(error).__name__}: {error} (--debug shows where)", 1))
+            _fail(f"{error.filename}: {error.strerror}", 2)
+        _fail(f"internal failure: {type(error).__name__}: {error} (--debug shows where)", 1)
+    if code == 130:
+        _fail("interrupted; nothing half-written was left behind", 130)
+    sys.exit(code or 0)
 
 
-def _fail(errors: Console, message: str, code: int) -> int:
+def _fail(message: str, code: int) -> NoReturn:
+    errors = Console(stderr=True)
     errors.print("error: ", style="bold red", end="")
     errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
-    return code
+    sys.exit(code)

@@ -1,8 +1,11 @@
-"""What a file or folder holds, without loading it."""
+"""What a file or folder holds, without loading it. GGUFs and checkpoints need no torch."""
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
+
+import numpy as np
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
@@ -16,26 +19,44 @@ def inspect_path(path: str | Path) -> dict:
     path = Path(path)
     if (path / "optrot.json").is_file():
         return _checkpoint(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        return _rotation(path)
+    if path.is_file():
+        return _rotation(path) if path.suffix == ".safetensors" else _gguf(path)
     return _model(path)
 
 
+class _Types:
+    """Counts tensors, weights and stored bits by type."""
+
+    def __init__(self):
+        self.table: dict[str, dict] = {}
+        self.bits = 0.0
+
+    def add(self, kind: str, weights: int, bits: float) -> None:
+        entry = self.table.setdefault(kind, {"tensors": 0, "weights": 0})
+        entry["tensors"] += 1
+        entry["weights"] += weights
+        self.bits += bits
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits / max(1, sum(entry["weights"] for entry in self.table.values()))
+
+
 def _checkpoint(path: Path) -> dict:
-    checkpoint = QuantizedCheckpoint(path)
-    manifest, types = checkpoint.manifest, {}
-    bits = 0.0
+    manifest = QuantizedCheckpoint(path).manifest
+    try:
+        return _describe_checkpoint(path, manifest)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}/optrot.json is damaged or incomplete ({error!r}); quantise again") from None
+
+
+def _describe_checkpoint(path: Path, manifest: dict) -> dict:
+    types = _Types()
     for entry in manifest["tensors"].values():
-        count = 1
-        for size in entry["shape"]:
-            count *= size
-        kind = entry.get("grid") or entry["dtype"]
-        bits += count * (grid_spec(kind).bits_per_weight if "grid" in entry else int(kind[-2:]))
-        types.setdefault(kind, {"tensors": 0, "weights": 0})
-        types[kind]["tensors"] += 1
-        types[kind]["weights"] += count
-    weights = sum(entry["weights"] for entry in types.values())
-    layers = [None] * manifest["model"]["num_hidden_layers"]
+        count, kind = prod(entry["shape"]), entry.get("grid") or entry["dtype"]
+        width = grid_spec(kind).bits_per_weight if "grid" in entry else 8 * np.dtype(kind).itemsize
+        types.add(kind, count, count * width)
+    layers: list[dict | None] = [None] * manifest["model"]["num_hidden_layers"]
     for name, report in manifest["errors"].items():
         if name.startswith("layers.") and report["snr_db"] is not None:
             index = int(name.split(".")[1])
@@ -46,12 +67,45 @@ def _checkpoint(path: Path) -> dict:
             "name": manifest["model"]["name"], "layers": manifest["model"]["num_hidden_layers"],
             "rotation": manifest["rotation"]["rotation"], "applied": manifest["rotation"]["applied"],
             "quantizer": recipe["quantizer"], "calibration": recipe["calibration"], "seed": manifest["seed"],
-            "bytes_packed": round(bits / 8), "bits_per_weight": bits / weights, "types": types,
+            "bytes_packed": round(types.bits / 8), "bits_per_weight": types.bits_per_weight, "types": types.table,
             "damping_escalations": sum(r.get("damp_escalations", 0) for r in manifest["errors"].values()),
             "seconds": manifest["seconds"], "layers_snr_db": [entry for entry in layers if entry]}
 
 
+def _gguf(path: Path) -> dict:
+    from optrot_edge.models.gguf_file import GGUFFile
+
+    file, types = GGUFFile(path), _Types()
+    for info in file.tensors.values():
+        types.add(info.type.name.lower(), prod(info.shape), 8 * info.row_bytes * prod(info.shape[:-1]))
+    arch = file.value("general.architecture")
+
+    def plain(key: str):
+        value = file.value(key)
+        return value if isinstance(value, str | int | float) else None
+
+    return {"kind": "GGUF", "path": str(path), "architecture": arch, "name": plain("general.name"),
+            "file_type": _file_type(plain("general.file_type")), "layers": plain(f"{arch}.block_count"),
+            "hidden_size": plain(f"{arch}.embedding_length"), "context_length": plain(f"{arch}.context_length"),
+            "tied_head": "output.weight" not in file.tensors if file.tensors else None,
+            "tokenizer": plain("tokenizer.ggml.pre") or plain("tokenizer.ggml.model"),
+            "bytes": file.size, "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight,
+            "types": types.table}
+
+
+def _file_type(number) -> str | None:
+    from gguf import LlamaFileType
+
+    if number is None:
+        return None
+    try:
+        return LlamaFileType(number).name
+    except ValueError:  # newer than the gguf installed here
+        return f"unknown ({number})"
+
+
 def _rotation(path: Path) -> dict:
+    _needs_torch("a rotation file")
     from optrot_edge.rotations.rotation import Rotation, orthogonality_error
 
     rotation = Rotation.load(path)
@@ -65,18 +119,21 @@ def _rotation(path: Path) -> dict:
     return about
 
 
-def _model(path: Path) -> dict:
-    if not path.exists():
-        raise InputError(f"{path} not found; give a model folder, a checkpoint, a GGUF or a rotation file")
+def _needs_torch(what: str) -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise InputError('inspecting models needs torch: pip install "optrot-edge[learn]"') from None
+        raise InputError(f'inspecting {what} needs torch: pip install "optrot-edge[learn]"') from None
+
+
+def _model(path: Path) -> dict:
+    if not path.exists():
+        raise InputError(f"{path} not found; give a model folder, a checkpoint, a GGUF or a rotation file")
+    _needs_torch("a Hugging Face model")
     from optrot_edge.models import open_model
 
     source = open_model(path)
     config = source.config.to_dict()
-    extra = config.pop("extra")
+    del config["extra"]
     size = sum(file.stat().st_size for file in source.files)
-    return {"kind": f"model ({source.kind})", "path": str(path), "bytes": size, **config,
-            "general": {k: v for k, v in extra.get("general", {}).items() if isinstance(v, str | int | float)}}
+    return {"kind": "Hugging Face model", "path": str(path), "bytes": size, **config}

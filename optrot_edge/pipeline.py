@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -19,71 +18,12 @@ from optrot_edge.checkpoint import (
     GGUF_GRIDS,
     CheckpointWriter,
     QuantizedCheckpoint,
-    grid_spec,
 )
 from optrot_edge.errors import InputError
+from optrot_edge.recipe import ROTATIONS, Recipe
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 FORMATS = ("gguf",)
-ROTATIONS = ("none", "hadamard", "optrot")
-
-
-@dataclass
-class Recipe:
-    """Every choice that shapes a checkpoint; recorded in its manifest.
-
-    `type` is the body's grid (a GGUF type or `int4-g128-sym` and the like); `embedding_type` None
-    means the body's, `head_type` None means q8_0 (a tied matrix takes the head's type). `rotation` is
-    none, hadamard, optrot, or the path of a saved rotation; `rotate` lists which of r1,r2,r3,r4.
-    `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
-    """
-
-    type: str = "q4_0"
-    embedding_type: str | None = None
-    head_type: str | None = None
-    rotation: str = "optrot"
-    rotate: str = "r1,r2"
-    r4_block: int = 256
-    optrot_solver: str = "polar"
-    optrot_steps: int = 60
-    optrot_rows: int = 20_000
-    quantizer: str = "gptq"
-    calibration: str = "builtin"
-    nsamples: int = 128
-    seqlen: int = 256
-    damp: float = 0.1
-    act_order: bool = True
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        self.type = self.type.lower()
-        self.embedding_type = (self.embedding_type or self.type).lower()
-        self.head_type = (self.head_type or "q8_0").lower()
-        for kind in (self.type, self.embedding_type, self.head_type):
-            if kind not in FLOAT_TYPES:
-                grid_spec(kind)
-        unknown = self.which - {"r1", "r2", "r3", "r4"}
-        if unknown:
-            raise InputError(f"--rotate {self.rotate}: unknown {', '.join(sorted(unknown))}; use r1,r2,r3,r4")
-        if self.rotation not in ROTATIONS and not Path(self.rotation).is_file():
-            raise InputError(f"--rotation {self.rotation}: neither none, hadamard, optrot "
-                             "nor a rotation file saved by `optrot-edge rotate`")
-        if self.rotation == "optrot" and not self.which & {"r1", "r2"}:
-            raise InputError("--rotation optrot learns R1 and R2, but --rotate names neither")
-        if self.quantizer not in ("gptq", "rtn"):
-            raise InputError(f"--quantizer {self.quantizer}: use gptq or rtn")
-        if self.calibration == "none" and self.quantizer == "gptq":
-            raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
-        if not 0 < self.damp < 1:
-            raise InputError(f"--damp {self.damp}: a fraction between 0 and 1 is needed")
-        if self.nsamples < 1 or self.seqlen < 2:
-            raise InputError("--nsamples must be at least 1 and --seqlen at least 2")
-
-    @property
-    def which(self) -> set[str]:
-        """The rotations asked for."""
-        return {name.strip().lower() for name in self.rotate.split(",") if name.strip()}
 
 
 def _quiet(stage: str, done: int, total: int, note: str) -> None:
@@ -111,8 +51,11 @@ def _needs_learn() -> None:
         raise InputError('rotating and quantising need torch: pip install "optrot-edge[learn]"') from None
 
 
-def make_rotation(source, recipe: Recipe, progress: Progress = _quiet):
-    """Draw, learn or load the rotation that `recipe` names for an open model `source`."""
+def make_rotation(source, recipe: Recipe, progress: Progress = _quiet, *, learned: bool = True):
+    """Draw, learn or load the rotation that `recipe` names for an open model `source`.
+
+    `learned` False gives only the starting point of one that is to be learned.
+    """
     import torch
 
     from optrot_edge.rotations.optrot import OptRotOptions, initial_rotation, learn
@@ -133,11 +76,12 @@ def make_rotation(source, recipe: Recipe, progress: Progress = _quiet):
         blocks["r3_block"] = config.head_dim & -config.head_dim  # largest power of two that divides it
     if "r4" in which:
         blocks["r4_block"] = recipe.r4_block
+    Rotation("hadamard", **blocks).validate(config)  # before matrices are drawn
     generator = torch.Generator().manual_seed(recipe.seed)
     rotation = initial_rotation(config, which, generator, **blocks)
     rotation.validate(config)
     rotation.recipe["seed"] = recipe.seed
-    if recipe.rotation == "optrot":
+    if recipe.rotation == "optrot" and learned:
         options = OptRotOptions(recipe.optrot_solver, recipe.optrot_steps, recipe.optrot_rows or None)
         rotation = learn(source, rotation, options, generator, device=resolve_device(recipe.device),
                          progress=lambda done, total: progress("learn rotation", done, total, ""))
@@ -150,12 +94,18 @@ def rotate(model: str | Path, out: str | Path, *, overwrite: bool = False, progr
     from optrot_edge.models import open_model
 
     recipe = Recipe(**fields)
-    _free_output(Path(out), overwrite)
+    prepare_output(Path(out), overwrite)
     rotation = make_rotation(open_model(model), recipe, progress)
     if not rotation.applied:
         raise InputError("nothing to save: --rotation none rotates nothing")
     rotation.save(out)
     return rotation
+
+
+def _check_seqlen(source, recipe: Recipe) -> None:
+    if recipe.calibration != "none" and recipe.seqlen > source.config.max_position_embeddings:
+        raise InputError(f"--seqlen {recipe.seqlen} exceeds the model's context of "
+                         f"{source.config.max_position_embeddings} tokens")
 
 
 def calibration_windows(source, recipe: Recipe):
@@ -165,9 +115,7 @@ def calibration_windows(source, recipe: Recipe):
     from optrot_edge.quantize.calibration import load_text, sample_windows, text_hash
     from optrot_edge.runtime.text import open_tokenizer
 
-    if recipe.seqlen > source.config.max_position_embeddings:
-        raise InputError(f"--seqlen {recipe.seqlen} exceeds the model's context of "
-                         f"{source.config.max_position_embeddings} tokens")
+    _check_seqlen(source, recipe)
     text = load_text(recipe.calibration)
     tokenizer = open_tokenizer(source.path)
     ids, bos = tokenizer.tokenize(text), tokenizer.bos if tokenizer.adds_bos else None
@@ -187,14 +135,16 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
     """
     _needs_learn()
     from optrot_edge.models import open_model
+    from optrot_edge.plan import check_widths
     from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
     from optrot_edge.rotations.fuse import RotatedModel
 
     started = time.perf_counter()
-    if isinstance(rotation, str):
+    if isinstance(rotation, str | Path):
         fields["rotation"], rotation = rotation, None
     recipe = Recipe(**fields)
     source = open_model(model)
+    check_widths(source, recipe)
     device = resolve_device(recipe.device)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         tokens, text_sha = (None, None) if recipe.calibration == "none" else calibration_windows(source, recipe)
@@ -222,15 +172,13 @@ def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrit
 
     With a model, `fields` are Recipe's and `checkpoint` keeps the intermediate checkpoint there.
     """
-    if format not in FORMATS:
-        raise InputError(f"--format {format}: use {', '.join(FORMATS)}")
     out = Path(out)
-    _free_output(out, overwrite)
+    _check_export(model, format, fields)
+    prepare_output(out, overwrite)
     if is_checkpoint(model):
-        if fields:
-            raise InputError(f"{model} is already quantised; {', '.join(sorted(fields))} cannot be changed now")
         return _export_gguf(model, out, overwrite, vocab_from, progress)
-    _refuse_for_gguf(Recipe(**fields))
+    _needs_learn()
+    _refuse_for_gguf(model, Recipe(**fields), vocab_from)
     with contextlib.ExitStack() as stack:
         if checkpoint is None:
             work = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
@@ -240,13 +188,27 @@ def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrit
         return _export_gguf(checkpoint, out, overwrite, vocab_from, progress)
 
 
-def plan(model: str | Path, **fields) -> dict:
-    """What quantising `model` with Recipe's `fields` would do and cost; see optrot_edge.plan."""
+def plan(model: str | Path, *, format: str | None = None, vocab_from: str | Path | None = None, **fields) -> dict:
+    """What `export` into `format` (or `quantize`, without one) would do and cost; see optrot_edge.plan.
+
+    Refuses what they would refuse before their work begins.
+    """
+    if format is not None:
+        _check_export(model, format, fields)
+        if is_checkpoint(model):
+            from optrot_edge.plan import plan_checkpoint
+
+            return plan_checkpoint(model, vocab_from)
     _needs_learn()
     from optrot_edge.models import open_model
     from optrot_edge.plan import make_plan
 
-    return make_plan(open_model(model), Recipe(**fields))
+    source, recipe = open_model(model), Recipe(**fields)
+    if format is not None:
+        _refuse_for_gguf(source, recipe, vocab_from)
+    _check_seqlen(source, recipe)
+    resolve_device(recipe.device)
+    return make_plan(source, recipe, make_rotation(source, recipe, learned=False))
 
 
 def evaluate(package: str | Path, reference: str | Path, *, text: str | None = None, **options) -> dict:
@@ -275,19 +237,32 @@ def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / "optrot.json").is_file()
 
 
-def _refuse_for_gguf(recipe: Recipe) -> None:
-    """Say before an hour of work what the exporter would refuse after it."""
+def _check_export(model: str | Path, format: str, fields: dict) -> None:
+    if format not in FORMATS:
+        raise InputError(f"--format {format}: use {', '.join(FORMATS)}")
+    if fields and is_checkpoint(model):
+        options = ", ".join("--" + name.replace("_", "-") for name in sorted(fields))
+        raise InputError(f"{model} is already quantised; {options} cannot be changed now")
+
+
+def _refuse_for_gguf(model, recipe: Recipe, vocab_from: str | Path | None) -> None:
+    """Say before an hour of work what the exporter would refuse after it; `model` may be open."""
+    from optrot_edge.exporters.gguf_vocab import vocabulary
+    from optrot_edge.models import open_model
+
     for option, kind in (("--type", recipe.type), ("--embedding-type", recipe.embedding_type),
                          ("--head-type", recipe.head_type)):
         if kind not in GGUF_GRIDS and kind not in FLOAT_TYPES:
             raise InputError(f"{option} {kind}: GGUF stores {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}")
-    if recipe.rotation == "none":
-        return
-    if "r4" in recipe.which:
+    which = set() if recipe.rotation == "none" else recipe.which
+    if "r4" in which:
         raise InputError("--rotate r4: stock llama.cpp has no R4 and would run the file wrongly; "
                          "use --rotate r1,r2 for GGUF")
-    if "r3" in recipe.which:
+    if "r3" in which:
         raise InputError("--rotate r3: llama.cpp rotates a quantised K/V cache itself; leave r3 out for GGUF")
+    source = open_model(model) if isinstance(model, str | Path) else model
+    own = source.path if source.kind == "gguf" else None
+    vocabulary(source.path, source.config.vocab_size, vocab_from=vocab_from or own)
 
 
 def _export_gguf(checkpoint, out: Path, overwrite: bool, vocab_from, progress: Progress) -> dict:
@@ -297,7 +272,8 @@ def _export_gguf(checkpoint, out: Path, overwrite: bool, vocab_from, progress: P
                        progress=lambda done, total, what: progress("write and verify", done, total, what))
 
 
-def _free_output(out: Path, overwrite: bool) -> None:
+def prepare_output(out: Path, overwrite: bool) -> None:
+    """Make the folder of the file `out`; InputError when it cannot be, or when `out` is taken."""
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; choose another --out or pass --overwrite")
     if out.is_dir():

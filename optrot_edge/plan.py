@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from math import prod
+from pathlib import Path
 
-from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
+from optrot_edge.checkpoint import FLOAT_TYPES, QuantizedCheckpoint, grid_spec
+from optrot_edge.errors import InputError
 
 BITS = {"f32": 32.0, "f16": 16.0}
 OVERHEAD = 400 * 2**20  # the interpreter with torch loaded
+LIGHT_OVERHEAD = 60 * 2**20  # and without
+EXPORT_RATE = 60e6  # bytes packed, written and read back per second on one laptop core
 
 
 def bits_of(kind: str) -> float:
@@ -28,31 +33,68 @@ def gemm_rate() -> float:
     return 2 * 1024**3 / best
 
 
-def make_plan(source, recipe) -> dict:
-    """The plan for an open model and a Recipe.
+def make_plan(source, recipe, rotation) -> dict:
+    """The plan for an open model, a Recipe and a Rotation (R1 and R2 need not be learned yet).
 
-    `bytes` counts tensors (metadata adds the vocabulary's strings); `peak_memory_bytes` and `seconds`
-    are estimates: the latter from a GEMM timed here and the operation counts of the solver, GPTQ and the
-    calibration passes, doubled for everything that is no GEMM.
+    `bytes` are those of all tensors in the package (metadata adds the vocabulary's strings);
+    `peak_memory_bytes` and `seconds` are estimates: the latter from a GEMM timed here and the operation
+    counts of the solver, GPTQ and the calibration passes, doubled for everything that is no GEMM.
+    Raises InputError for a type that does not fit the model's rows.
     """
-    import torch
+    from optrot_edge.rotations.fuse import RotatedModel
 
-    config = source.config
-    hidden, ff, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    kv_rows, q_rows = config.num_key_value_heads * config.head_dim, heads * config.head_dim
+    original, config = source.config, RotatedModel(source, rotation).config
+    parts, weights = _sizes(source.family, config, recipe)
+    peak, seconds = _effort(config, recipe, rotation.applied)
+    return {"family": config.family, "name": config.name, "layers": config.num_hidden_layers,
+            "rotated": rotation.applied,
+            "unties_head": original.tie_word_embeddings and not config.tie_word_embeddings,
+            "types": {"body": recipe.type, "head": recipe.head_type,
+                      "embedding": recipe.head_type if config.tie_word_embeddings else recipe.embedding_type},
+            "bytes": round(sum(parts.values())), "bytes_by_part": {k: round(v) for k, v in parts.items()},
+            "bits_per_weight": 8 * sum(parts.values()) / weights, "peak_memory_bytes": peak, "seconds": seconds}
+
+
+def _sizes(family, config, recipe) -> tuple[dict[str, float], int]:
+    """Bytes by part, and the number of weights."""
+    parts, weights = {"body": 0.0, "embedding": 0.0, "head": 0.0, "norms and biases": 0.0}, 0
+    for part, kind, shape, count in _tensors(family, config, recipe):
+        parts[part] += count * prod(shape) * bits_of(kind) / 8
+        weights += count * prod(shape)
+    parts["norms and biases"] += 4 * len(config.rope_freq_factors() or [])
+    return parts, weights
+
+
+def _tensors(family, config, recipe):
+    """(part, type, shape, how many) of every tensor; InputError for a type that does not fit its rows."""
+    shapes = [(name, shape, 1) for name, shape in family.outer_shapes(config).items()]
+    shapes += [(name, shape, config.num_hidden_layers) for name, shape in family.layer_shapes(config).items()]
+    for name, shape, count in shapes:
+        part, kind = "body", recipe.type
+        if len(shape) == 1:
+            part, kind = "norms and biases", "f32"
+        elif name == "lm_head.weight" or (name == "embed_tokens.weight" and config.tie_word_embeddings):
+            part, kind = "head", recipe.head_type
+        elif name == "embed_tokens.weight":
+            part, kind = "embedding", recipe.embedding_type
+        if kind not in FLOAT_TYPES and shape[-1] % grid_spec(kind).group_size:
+            raise InputError(f"{name}: rows of {shape[-1]} weights do not divide into {kind}'s groups of "
+                             f"{grid_spec(kind).group_size}; choose another type")
+        yield part, kind, shape, count
+
+
+def check_widths(source, recipe) -> None:
+    """InputError if one of the Recipe's types does not fit the rows of the open model."""
+    for _ in _tensors(source.family, source.config, recipe):
+        pass
+
+
+def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
+    """Estimated peak memory in bytes and time in seconds."""
+    hidden, ff = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = hidden * (2 * q_rows + 2 * kv_rows + 3 * ff)
     body, matrix = layer * config.num_hidden_layers, config.vocab_size * hidden
-    rotated = [] if recipe.rotation == "none" else sorted(recipe.which)
-    unties = config.tie_word_embeddings and "r1" in rotated
-    if unties:
-        gain = source.final_norm(torch.float64)
-        unties = bool((gain != gain[0]).any())
-    untied = unties or not config.tie_word_embeddings
-    parts = {"body": body * bits_of(recipe.type) / 8,
-             "embedding": matrix * bits_of(recipe.embedding_type) / 8 if untied else 0.0,
-             "head": matrix * bits_of(recipe.head_type) / 8,
-             "norms": 4.0 * hidden * (2 * config.num_hidden_layers + 1)}
-    weights = body + matrix * (2 if untied else 1)
     tokens = recipe.nsamples * recipe.seqlen if recipe.calibration != "none" else 0
     widest = max(hidden, q_rows, ff)
     peak = OVERHEAD + 4 * (3 * matrix + 8 * layer + 2 * tokens * hidden + 8 * recipe.seqlen * ff * 4
@@ -61,13 +103,31 @@ def make_plan(source, recipe) -> dict:
     if recipe.quantizer == "gptq":
         flops += 4 * body * widest  # float64
     if recipe.rotation == "optrot":
-        flops += recipe.optrot_steps * 4 * recipe.optrot_rows * hidden**2 + 8 * body * hidden
-        peak += min(2**29, 40 * recipe.optrot_rows * hidden)
+        rows = recipe.optrot_rows or body // hidden
+        flops += recipe.optrot_steps * 4 * rows * hidden**2 + 8 * body * hidden
+        peak += min(2**29, 40 * rows * hidden)
     if rotated:
         flops += 4 * (body + 2 * matrix) * hidden
-    return {"family": config.family, "name": config.name, "layers": config.num_hidden_layers, "rotated": rotated,
-            "unties_head": unties, "types": {"body": recipe.type, "head": recipe.head_type,
-                                             "embedding": recipe.embedding_type if untied else recipe.head_type},
-            "bytes": round(sum(parts.values())), "bytes_by_part": {k: round(v) for k, v in parts.items()},
-            "bits_per_weight": 8 * sum(parts.values()) / weights, "peak_memory_bytes": round(peak),
-            "seconds": round(2 * flops / gemm_rate() + 5)}
+    return round(peak), round(2 * flops / gemm_rate() + 5)
+
+
+def plan_checkpoint(path: str | Path, vocab_from: str | Path | None = None) -> dict:
+    """The same plan for packaging an existing checkpoint; InputError for what the exporter refuses."""
+    from optrot_edge.exporters.gguf_plan import plan_gguf
+
+    checkpoint = QuantizedCheckpoint(path)
+    plan, model = plan_gguf(checkpoint, vocab_from=vocab_from), checkpoint.manifest["model"]
+    types: dict[str, str] = {}
+    parts: dict[str, float] = {}
+    for tensor in plan.tensors:
+        part = {"embed_tokens.weight": "embedding", "lm_head.weight": "head"}.get(tensor.source, "body")
+        part = part if len(tensor.shape) == 2 else "norms and biases"
+        parts[part] = parts.get(part, 0) + tensor.nbytes
+        if len(tensor.shape) == 2:
+            types[part] = tensor.type.name.lower()
+    largest = max(prod(tensor.shape) for tensor in plan.tensors)
+    return {"family": model["family"], "name": model["name"], "layers": model["num_hidden_layers"],
+            "rotated": (checkpoint.manifest.get("rotation") or {}).get("applied", []), "unties_head": False,
+            "types": types, "bytes": plan.nbytes, "bytes_by_part": parts,
+            "bits_per_weight": 8 * plan.nbytes / plan.weights,
+            "peak_memory_bytes": LIGHT_OVERHEAD + 12 * largest, "seconds": round(plan.nbytes / EXPORT_RATE + 1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -62,8 +63,9 @@ def print_rows(result: dict, title: str) -> None:
     """Scalar entries of `result` as a two-column table."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in result.items():
-        if not isinstance(value, dict) and value not in (None, [], ""):
-            table.add_row(name.replace("_", " "), _readable(name, value))
+        nested = isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+        if not nested and value not in (None, [], ""):
+            table.add_row(name.replace("_", " "), escape(_readable(name, value)))
     Console().print(table)
 
 
@@ -124,5 +126,5 @@ def print_doctor(result: dict) -> None:
     table = Table("", "name", "", "how to get it")
     for row in result["rows"]:
         mark = "[green]yes[/]" if row["usable"] else "[red]no[/]"
-        table.add_row(mark, row["name"], row["detail"], row["install"])
+        table.add_row(mark, *(escape(row[key]) for key in ("name", "detail", "install")))
     Console().print(table)

@@ -267,7 +267,8 @@ class LlamaCppBackend:
     def speed(self, prompt_tokens: int = 256, decode_tokens: int = 64, repeats: int = 3) -> dict[str, float]:
         """Median tokens per second for reading a prompt and for writing one token at a time."""
         limit = min(self.n_ctx, self.context_length)
-        prompt_tokens = min(prompt_tokens, max(1, limit - decode_tokens))
+        decode_tokens = max(1, min(decode_tokens, limit // 2))
+        prompt_tokens = max(1, min(prompt_tokens, limit - decode_tokens))
         ids = np.random.default_rng(0).integers(0, self.vocab_size, prompt_tokens, dtype=np.int32)
         prefill, decode = [], []
         for _ in range(repeats):

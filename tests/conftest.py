@@ -26,3 +26,11 @@ def tiny(tmp_path_factory):
         return folders[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """One of everything that commands take (see `make_files`); do not write into it."""
+    from tests.cli_runner import make_files
+
+    return make_files(tmp_path_factory.mktemp("files"))

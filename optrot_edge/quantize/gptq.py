@@ -45,9 +45,9 @@ def prepare_hessian(hessian: torch.Tensor, *, damp: float = 0.01, act_order: boo
     """
     if not hessian.isfinite().all():
         raise InputError("calibration produced non-finite activations; the model overflows or is damaged")
-    device = hessian.device
-    h = hessian.to(torch.float64) if device.type != "mps" else hessian.double().cpu()
-    h = h.clone()
+    if hessian.device.type == "mps":  # Metal has neither float64 nor every factorisation
+        hessian = hessian.cpu()
+    h = hessian.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     dead = diagonal <= 0
     diagonal[dead] = 1.0
@@ -76,7 +76,7 @@ def gptq(weight: torch.Tensor, prepared: PreparedHessian, grid: Grid, params: Gr
     work = prepared.upper.dtype
     columns = weight.shape[1]
     upper, order = prepared.upper, prepared.order
-    residual = weight.to(upper.device, work).T[order].contiguous()  # [in, out]: a column is contiguous
+    residual = weight.to(upper.device).to(work).T[order].contiguous()  # [in, out]: a column is contiguous
     residual[prepared.dead[order]] = 0
     scales, offsets = params.columns()
     scales = scales.to(upper.device)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from optrot_edge.checkpoint import GridSpec, QuantizedTensor, grid_spec
+from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 
-CHUNK = 2**14  # blocks searched at once: keeps every temporary inside the cache
+CPU_CHUNK = 2**14  # blocks of 32 searched at once: keeps every temporary inside the cache
+GPU_CHUNK = 2**18  # enough work for every launch, at 32 MiB per temporary
 POLISH = 3  # rounds of alternating least squares after the search
 
 
@@ -32,7 +34,7 @@ class GridParams:
 
     def columns(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Transposed copies [groups, out] in float64, as the column-by-column quantiser reads them."""
-        dtype = torch.float32 if self.scales.device.type == "mps" else torch.float64
+        dtype = widest_float(self.scales.device)
         turn = lambda t: None if t is None else t.T.to(dtype).contiguous()  # noqa: E731
         return turn(self.scales), turn(self.offsets)
 
@@ -106,7 +108,8 @@ class Grid:
         spread = weight.square().mean(1, keepdim=True)
         scales = torch.empty(rows * columns // group, device=weight.device)
         offsets = None if self.spec.kind == "symmetric" else torch.empty_like(scales)
-        step = max(1, CHUNK * 32 // columns)
+        chunk = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+        step = max(1, chunk * 32 // columns)
         for first in range(0, rows, step):
             part = weight[first:first + step]
             a = (4 * spread[first:first + step] + part.square()).sqrt()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from optrot_edge.checkpoint import FLOAT_TYPES, CheckpointWriter, QuantizedTensor
+from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
@@ -49,8 +50,7 @@ class HessianSum:
     """H = E[xxᵀ] accumulated over tokens: float32 products, float64 sum."""
 
     def __init__(self, width: int, device):
-        dtype = torch.float32 if str(device) == "mps" else torch.float64
-        self.total = torch.zeros(width, width, dtype=dtype, device=device)
+        self.total = torch.zeros(width, width, dtype=widest_float(device), device=device)
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
@@ -223,13 +223,13 @@ class SequentialQuantizer:
         if kind in FLOAT_TYPES:
             return as_float(weight, kind)
         grid, tensors, prepared = Grid(kind), [], self._prepare(hessian)
-        signal = noise = 0.0
+        signal, noise, wide = 0.0, 0.0, widest_float(self.device)
         for rows in weight.split(8192):
             rows = rows.to(self.device)
             codes, params = self._choose_codes(rows, grid, hessian, prepared)
             tensors.append(grid.pack(codes, params))
-            noise += float((grid.decode(codes, params) - rows).square().sum(dtype=torch.float64))
-            signal += float(rows.square().sum(dtype=torch.float64))
+            noise += float((grid.decode(codes, params) - rows).square().sum(dtype=wide))
+            signal += float(rows.square().sum(dtype=wide))
         self.reports[name] = {"snr_db": None, "relative_mse": noise / signal if signal else 0.0}
         return _stack(tensors)
 

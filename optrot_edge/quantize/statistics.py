@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from optrot_edge.device import widest_float
+
 
 def incoherence(weight: torch.Tensor) -> float:
     """μ_W = max|W|·√(mn) / ‖W‖_F: 1 for a flat matrix, √(mn) for a single spike."""
@@ -15,23 +17,25 @@ def incoherence(weight: torch.Tensor) -> float:
 
 def kurtosis(weight: torch.Tensor) -> float:
     """E[w⁴] / E[w²]²: 3 for a Gaussian."""
-    second = float(weight.square().mean(dtype=torch.float64))
-    return float(weight.square().square().mean(dtype=torch.float64)) / second**2 if second else 0.0
+    wide = widest_float(weight.device)
+    second = float(weight.square().mean(dtype=wide))
+    return float(weight.square().square().mean(dtype=wide)) / second**2 if second else 0.0
 
 
 def output_error(delta: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(Δ H Δᵀ) = E‖Δx‖², the layer's mean squared output error."""
     hessian = hessian.to(delta.dtype)
-    return float(((delta @ hessian) * delta).sum(dtype=None if delta.device.type == "mps" else torch.float64))
+    return float(((delta @ hessian) * delta).sum(dtype=widest_float(delta.device)))
 
 
 def matrix_report(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor | None) -> dict:
     """`snr_db` = 10 log10(tr WHWᵀ / tr ΔHΔᵀ) (H = I without calibration), relative MSE, μ_W, kurtosis."""
+    wide = widest_float(weight.device)
     if hessian is None:
-        hessian = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        hessian = torch.eye(weight.shape[1], dtype=wide, device=weight.device)
     signal, noise = output_error(weight, hessian), output_error(weight - decoded, hessian)
     snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
-    power = float(weight.square().sum(dtype=torch.float64))
-    mse = float((weight - decoded).square().sum(dtype=torch.float64)) / power if power else 0.0
+    power = float(weight.square().sum(dtype=wide))
+    mse = float((weight - decoded).square().sum(dtype=wide)) / power if power else 0.0
     return {"snr_db": snr, "output_error": noise, "relative_mse": mse,
             "mu_w": incoherence(weight), "kurtosis": kurtosis(weight)}

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from optrot_edge.device import widest_float
 from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
@@ -83,7 +84,7 @@ class RotatedModel:
         rotation.validate(source.config)
         self.source, self.rotation = source, rotation
         self.device = device
-        self.compute = torch.float32 if device == "mps" else torch.float64  # Metal has no float64
+        self.compute = widest_float(device)
         self.r3_block, self.r4_block = rotation.r3_block, rotation.r4_block
         self.folds_head = False
         tied = source.config.tie_word_embeddings

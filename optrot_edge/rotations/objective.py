@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from optrot_edge.device import widest_float
 from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
@@ -43,7 +44,8 @@ def value_rows(layer: Layer, r1: torch.Tensor | None, config: ModelConfig) -> to
 
 
 def fourth_power_batched(x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-problem loss [b] (float64) and gradient [b, d, d] of ‖X R‖₄⁴ for X [b, n, d], R [b, d, d]."""
+    """Per-problem loss [b] (float64 where the device has it) and gradient [b, d, d] of ‖X R‖₄⁴ for
+    X [b, n, d], R [b, d, d]."""
     y = x @ r
     cubed = y * y * y
-    return (cubed * y).sum((1, 2), dtype=torch.float64), 4 * (x.mT @ cubed)
+    return (cubed * y).sum((1, 2), dtype=widest_float(x.device)), 4 * (x.mT @ cubed)

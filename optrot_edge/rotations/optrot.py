@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 from optrot_edge.kernels.fourth_power import fourth_power
 from optrot_edge.rotations.hadamard import random_hadamard
@@ -126,15 +127,15 @@ class _Learner:
 
     def losses(self) -> tuple[list[float], list[float]]:
         """Exact objective per layer, and per layer Σ‖row‖⁴ (the sampling mass)."""
-        losses, mass = [], []
+        losses, mass, wide = [], [], widest_float(self.device)
         for index, layer in self.layers():
             rows = residual_rows(layer, self.r2_of(index), self.config)
             total = 0.0
             for part in rows.split(16384):
                 y = part if self.r1 is None else part @ self.r1
-                total += float(y.square().square().sum(dtype=torch.float64))
+                total += float(y.square().square().sum(dtype=wide))
             losses.append(total)
-            mass.append(float(rows.square().sum(1).square().sum(dtype=torch.float64)))
+            mass.append(float(rows.square().sum(1).square().sum(dtype=wide)))
         return losses, mass
 
     def sample(self, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

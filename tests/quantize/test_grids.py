@@ -59,7 +59,7 @@ def plain(grid, w):
 @pytest.mark.parametrize("name", [n for n in GRIDS if "8" not in n])
 def test_search_beats_min_max_under_its_own_weights(name):
     grid, (w, h) = Grid(name), sample(64)
-    a = h * (w.square().mean(1, keepdim=True) + w.square()).sqrt()
+    a = h * (4 * w.square().mean(1, keepdim=True) + w.square()).sqrt()
 
     def loss(params):
         return float((a * (grid.decode(grid.round(w, params), params) - w).square()).sum())
@@ -72,7 +72,7 @@ def test_search_is_close_to_exhaustive(name):
     """A dense scan over scales (and offsets) of single blocks finds at most a few percent more."""
     grid, (w, _) = Grid(name), sample(16, 32, seed=1)
     w = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
-    a = (w.square().mean(1, keepdim=True) + w.square()).sqrt()
+    a = (4 * w.square().mean(1, keepdim=True) + w.square()).sqrt()
 
     def loss(params):
         return (a * (grid.decode(grid.round(w, params), params) - w).square()).sum(1)
@@ -89,6 +89,16 @@ def test_search_is_close_to_exhaustive(name):
                     offset = (offset + shift.round()).clamp(0, grid.top)
                 best = torch.minimum(best, loss(GridParams(scale, offset)))
     assert float((loss(grid.fit(w)) / best).mean()) < 1.03
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "int4-g32-zero"])
+def test_fit_does_not_depend_on_the_chunk(name, monkeypatch):
+    (w, importance), grid = sample(), Grid(name)
+    whole = grid.fit(w, importance)
+    monkeypatch.setattr("optrot_edge.quantize.grids.CPU_CHUNK", 7)  # one row at a time
+    parts = grid.fit(w, importance)
+    assert torch.equal(whole.scales, parts.scales)
+    assert whole.offsets is None or torch.equal(whole.offsets, parts.offsets)
 
 
 def test_exact_weights_are_reproduced():

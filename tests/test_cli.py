@@ -1,0 +1,232 @@
+"""The command line: what it prints, what it writes, and what inspecting shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+
+from optrot_edge.checkpoint import QuantizedCheckpoint
+from tests.cli_runner import RTN, child, left, refused, run, run_ok
+from tests.road import FAST_OPTIONS, save_model
+from tests.tiny_models import CASES
+
+COMMANDS = ("export", "quantize", "rotate", "eval", "reference", "inspect", "doctor")
+
+
+# what is printed
+
+def test_help_in_a_process():
+    done = child("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(command, capfd):
+    assert run(command, "--help") == 0
+    out, err = capfd.readouterr()
+    assert "Usage" in out and "--json" in out and "--quiet" in out and err == ""
+
+
+def test_no_command(capfd):
+    assert run() == 2
+    assert "export" in capfd.readouterr().out
+
+
+def test_importing_the_command_line_is_light():
+    code = "import sys, optrot_edge.cli; print({'torch', 'transformers', 'gguf'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+JSON_KEYS = {
+    "doctor": {"rows"}, "inspect checkpoint": {"bits_per_weight", "layers_snr_db", "types"},
+    "inspect gguf": {"architecture", "file_type", "types", "context_length"}, "inspect model": {"family", "bytes"},
+    "inspect rotation": {"rotation", "applied", "r1_shape"},
+    "export": {"path", "bytes", "bits_per_weight", "file_type"}, "export dry": {"bytes", "seconds", "rotated"},
+    "quantize": {"kind", "rotation", "bits_per_weight"}, "rotate": {"path", "applied", "loss"},
+    "eval": {"kl_mean", "kl_p99", "ppl", "ppl_reference", "top1", "bytes"}, "reference": {"path", "windows", "bytes"},
+    "eval checkpoint": {"kl_mean", "bits_per_weight"}, "export checkpoint": {"path", "notes"},
+    "export checkpoint dry": {"bytes", "seconds", "rotated"}, "doctor probe": {"rows"},
+}
+
+
+def command_line(what: str, files: dict, tmp_path: Path) -> list:
+    model, text = files["model"], ["--text", files["text"]]
+    return {
+        "doctor": ["doctor"], "inspect checkpoint": ["inspect", files["checkpoint"]],
+        "inspect gguf": ["inspect", files["gguf"]], "inspect model": ["inspect", model],
+        "inspect rotation": ["inspect", files["rotation"]],
+        "export": ["export", model, "--out", tmp_path / "m.gguf", "--calibration", files["text"], *FAST_OPTIONS],
+        "export dry": ["export", model, "--out", tmp_path / "m.gguf", "--dry-run"],
+        "quantize": ["quantize", model, "--out", tmp_path / "c", *RTN],
+        "rotate": ["rotate", model, "--out", tmp_path / "r.safetensors", *FAST_OPTIONS[:4]],
+        "eval": ["eval", files["gguf"], "--reference", model, *text, "--windows", 2, "--window", 32],
+        "eval checkpoint": ["eval", files["checkpoint"], "--reference", model, *text, "--windows", 1, "--window", 16],
+        "export checkpoint": ["export", files["checkpoint"], "--out", tmp_path / "m.gguf"],
+        "export checkpoint dry": ["export", files["checkpoint"], "--out", tmp_path / "m.gguf", "--dry-run"],
+        "doctor probe": ["doctor", "--probe"],
+        "reference": ["reference", model, *text, "--out", tmp_path / "ref.json.gz", "--windows", 2, "--window", 32],
+    }[what]
+
+
+@pytest.mark.parametrize("what", JSON_KEYS)
+def test_json_and_nothing_else(what, files, tmp_path, capfd):
+    assert run(*command_line(what, files, tmp_path), "--json") == 0
+    result = json.loads(capfd.readouterr().out)
+    assert JSON_KEYS[what] <= result.keys()
+    if "path" in result and what != "inspect model":
+        assert Path(result["path"]).exists()
+
+
+@pytest.mark.parametrize("what", [what for what in JSON_KEYS if what != "doctor probe"])
+def test_tables_and_quiet(what, files, tmp_path, capfd):
+    assert run(*command_line(what, files, tmp_path)) == 0
+    out, err = capfd.readouterr()
+    assert out.strip() and "Traceback" not in err
+    arguments = command_line(what, files, tmp_path)
+    overwrite = ["--overwrite"] if "--out" in map(str, arguments) else []
+    assert run(*arguments, "--quiet", *overwrite) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_json_in_a_process(files):
+    done = child("inspect", files["gguf"], "--json", "--quiet")
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(done.stdout)["architecture"] == "llama"
+
+
+# what is written
+
+def test_reference_file_then_eval_without_the_model(files, tmp_path, capfd):
+    ref, report = tmp_path / "ref.json.gz", tmp_path / "report.json"
+    options = ["--windows", 2, "--window", 32]
+    run_ok("reference", files["model"], "--text", files["text"], "--out", ref, "-q", *options)
+    run_ok("eval", files["gguf"], "--reference", ref, "--out", report, "-q")
+    run_ok("eval", files["gguf"], "--reference", files["model"], "--text", files["text"], "--json", *options)
+    bound, exact = json.loads(report.read_text()), json.loads(capfd.readouterr().out)
+    assert bound["kl_is_lower_bound"] and not exact["kl_is_lower_bound"]
+    assert 0 < bound["kl_mean"] <= exact["kl_mean"] + 1e-6 and exact["kl_mean"] <= bound["kl_upper_bound"] + 1e-6
+    assert bound["ppl"] == pytest.approx(exact["ppl"], rel=1e-6)
+    assert left(tmp_path) == ["ref.json.gz", "report.json"]
+    refused(capfd, "reference", files["model"], "--text", files["text"], "--out", ref, says="exists")
+
+
+def test_eval_within_a_tiny_context(files, tmp_path, capfd):
+    """The timing of llama.cpp, too, stays within a context of 8 tokens."""
+    model = save_model(tmp_path / "model", "mistral_window")
+    run_ok("export", model, "--out", tmp_path / "m.gguf", "-q", *RTN)
+    run_ok("eval", tmp_path / "m.gguf", "--reference", model, "--text", files["text"], "--window", 8, "--json")
+    report = json.loads(capfd.readouterr().out)
+    assert report["tokens"] == 32 * 7 and report["decode_tokens_per_s"] > 0
+
+
+def test_export_may_keep_the_checkpoint(files, tmp_path):
+    run_ok("export", files["model"], "--out", tmp_path / "m.gguf", "--checkpoint", tmp_path / "c", "-q", *RTN)
+    assert left(tmp_path) == ["c", "m.gguf"]
+    run_ok("export", tmp_path / "c", "--out", tmp_path / "again.gguf", "-q")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", [[], ["--rotation", "none", "--type", "q5_1", "--embedding-type", "f16"],
+                                     ["--rotate", "r2", "--type", "q4_1", "--head-type", "f32"]])
+def test_dry_run_knows_the_bytes(case, options, tmp_path, capfd):
+    """Tied and untied, with biases, q/k norms and rope factors: the bytes of every tensor, exactly."""
+    model, out = save_model(tmp_path / "model", case), tmp_path / "m.gguf"
+    options = [*RTN[:4], "--rotation", "hadamard", *options]
+    run_ok("export", model, "--out", out, "--dry-run", "--json", *options)
+    plan = json.loads(capfd.readouterr().out)
+    assert left(tmp_path) == ["model"]
+    run_ok("export", model, "--out", out, "--checkpoint", tmp_path / "c", "--json", *options)
+    summary = json.loads(capfd.readouterr().out)
+    reader = gguf.GGUFReader(out)
+    assert plan["bytes"] == sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    assert plan["bits_per_weight"] == pytest.approx(summary["bits_per_weight"], rel=1e-12)
+    assert plan["unties_head"] == (case in ("llama_bias", "smollm2", "qwen2", "qwen3_tied")
+                                   and "output.weight" in [tensor.name for tensor in reader.tensors])
+    assert plan["family"] == QuantizedCheckpoint(tmp_path / "c").manifest["model"]["family"]
+    assert plan["peak_memory_bytes"] > 0 and plan["seconds"] > 0
+    run_ok("export", tmp_path / "c", "--out", tmp_path / "x.gguf", "--dry-run", "--json")
+    assert json.loads(capfd.readouterr().out)["bytes"] == plan["bytes"]
+    assert left(tmp_path) == ["c", "m.gguf", "model"]
+
+
+def test_dry_run_of_quantize(files, tmp_path, capfd):
+    run_ok("quantize", files["model"], "--out", tmp_path / "c", "--dry-run", "--json", "--type", "int3-g32-zero",
+           "--rotate", "r1,r2,r4", "--r4-block", 32)
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["rotated"] == ["r1", "r2", "r4"] and plan["types"]["body"] == "int3-g32-zero"
+    assert left(tmp_path) == []
+
+
+def test_dry_run_with_a_saved_rotation(files, tmp_path, capfd):
+    run_ok("quantize", files["model"], "--out", tmp_path / "c", "--dry-run", "--json", "--rotation", files["rotation"])
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["rotated"] == ["r1", "r2"] and plan["unties_head"] is True
+
+
+def test_dry_run_refuses_what_the_run_would(files, tmp_path, capfd):
+    start = ["export", files["model"], "--out", tmp_path / "m.gguf", "--dry-run"]
+    refused(capfd, *start, "--rotate", "r1,r4", "--r4-block", 32, says="--rotate r4")
+    refused(capfd, *start, "--type", "int4-g32-sym", says="int4-g32-sym")
+    refused(capfd, *start, "--seqlen", 1000, says="--seqlen 1000")
+    refused(capfd, "export", files["checkpoint"], "--out", tmp_path / "m.gguf", "--dry-run", "--type", "q8_0",
+            says="--type cannot be changed now")
+
+
+# inspect
+
+def test_inspect_gguf_without_torch(files):
+    code = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "tokenizers", "llama_cpp"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+from optrot_edge.cli import main
+main(sys.argv[1:])
+"""
+    def inspect(path, *options):
+        return subprocess.run([sys.executable, "-c", code, "inspect", str(path), *options], capture_output=True,
+                              text=True, check=False)
+
+    about, reader = json.loads(inspect(files["gguf"], "--json").stdout), gguf.GGUFReader(files["gguf"])
+    assert (about["architecture"], about["file_type"], about["layers"]) == ("llama", "MOSTLY_Q4_0", 2)
+    assert about["context_length"] == 256 and about["tied_head"] is False and about["hidden_size"] == 96
+    assert about["bytes"] == files["gguf"].stat().st_size
+    stored = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    assert about["bytes_tensors"] == stored and about["bits_per_weight"] == 8 * stored / weights
+    for kind in ("Q4_0", "Q8_0", "F32"):
+        chosen = [tensor for tensor in reader.tensors if tensor.tensor_type.name == kind]
+        assert about["types"][kind.lower()] == {"tensors": len(chosen), "weights": sum(t.n_elements for t in chosen)}
+    assert about["types"].keys() == {"q4_0", "q8_0", "f32"}
+    assert "MOSTLY_Q4_0" in inspect(files["gguf"]).stdout
+    assert inspect(files["checkpoint"]).returncode == 0
+    for path in (files["model"], files["rotation"]):
+        done = inspect(path)
+        assert done.returncode == 2 and 'pip install "optrot-edge[learn]"' in done.stderr
+
+
+def test_inspect_tied_gguf(files, tmp_path, capfd):
+    run_ok("export", files["model"], "--out", tmp_path / "m.gguf", "-q", *RTN)
+    run_ok("inspect", tmp_path / "m.gguf", "--json")
+    assert json.loads(capfd.readouterr().out)["tied_head"] is True
+
+
+def test_inspect_refusals(files, tmp_path, capfd):
+    refused(capfd, "inspect", tmp_path / "nowhere", says="nowhere not found")
+    (tmp_path / "a.txt").write_text("hello, this is no model at all")
+    refused(capfd, "inspect", tmp_path / "a.txt", says="a.txt is not a GGUF file")
+    refused(capfd, "inspect", tmp_path, says="config.json is missing")
+    refused(capfd, "inspect", files["model"] / "model.safetensors", says="not a saved rotation")
+    checkpoint = shutil.copytree(files["checkpoint"], tmp_path / "c")
+    (checkpoint / "optrot.json").write_text('{"format_version": 1}')
+    refused(capfd, "inspect", checkpoint, says="damaged or incomplete")
