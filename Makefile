@@ -36,6 +36,7 @@ lint: $(STAMP)  ## ruff
 
 bench: $(STAMP)  ## the benchmarks that need no GPU; tables here, JSON in benchmarks/results
 	$(BIN)/python benchmarks/gguf_vs_llama_quantize.py
+	$(BIN)/python benchmarks/damping.py
 
 gpu-check:  ## kernels and benchmarks on a CUDA GPU with $(PYTHON); installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(STEPS)
