@@ -6,7 +6,7 @@ Memory: one decoder layer, the residual stream of the calibration tokens, one He
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,6 @@ class QuantizerOptions:
     act_order: bool = True
     batch_size: int = 8
     device: str = "cpu"
-    extra: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in ("gptq", "rtn"):
