@@ -50,7 +50,7 @@ def _size(count: float) -> str:
 
 
 def _readable(name: str, value) -> str:
-    if name.endswith("bytes"):
+    if "bytes" in name.split("_"):
         return _size(value)
     if isinstance(value, float):
         return f"{value:.4g}"

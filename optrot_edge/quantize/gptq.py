@@ -35,6 +35,10 @@ class PreparedHessian:
         cost[self.order] = self.upper.diagonal() ** -2
         return cost
 
+    def feedback_gain(self, hessian: torch.Tensor) -> float:
+        """tr D / tr H: the share of round-to-nearest's loss that GPTQ's feedback leaves (damping in D)."""
+        return float(self.column_cost.sum()) / max(float(hessian.diagonal().sum()), 1e-30)
+
 
 def prepare_hessian(hessian: torch.Tensor, *, damp: float = 0.01, act_order: bool = True) -> PreparedHessian:
     """Factor H = E[xxᵀ] [in, in] for GPTQ.

@@ -80,21 +80,9 @@ class SequentialQuantizer:
         self.model, self.options, self.config = model, options, model.config
         self.device = options.device
         self.reports: dict[str, dict] = {}
-        self.check_shapes()
         self.tokens = tokens
         if tokens is None and options.method == "gptq":
             raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
-
-    def check_shapes(self) -> None:
-        """InputError before any work when a grid does not divide a row."""
-        config, options = self.config, self.options
-        heads = config.num_attention_heads * config.head_dim
-        widths = [(options.body, "q/k/v/gate/up", config.hidden_size), (options.body, "o_proj", heads),
-                  (options.body, "down_proj", config.intermediate_size),
-                  (options.embedding, "embedding", config.hidden_size), (options.head, "head", config.hidden_size)]
-        for grid, name, width in widths:
-            if grid not in FLOAT_TYPES:
-                Grid(grid).check_width(width, name)
 
     def run(self, writer: CheckpointWriter, progress: Callable[[int, int, float], None] | None = None) -> None:
         """Write every tensor; `progress(done, layers, worst_snr_db)` after each layer."""
@@ -191,7 +179,8 @@ class SequentialQuantizer:
         prepared = self._prepare(hessian)
         codes, params = self._choose_codes(stacked, grid, hessian, prepared)
         extra = {} if prepared is None else {"damp": prepared.damp, "damp_escalations": prepared.escalations,
-                                             "dead_columns": int(prepared.dead.sum())}
+                                             "dead_columns": int(prepared.dead.sum()),
+                                             "tr_d_over_tr_h": prepared.feedback_gain(hessian)}
         decoded = grid.decode(codes, params)
         packed, first = {}, 0
         for name, weight in zip(names, weights, strict=True):
