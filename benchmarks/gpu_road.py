@@ -26,8 +26,9 @@ from optrot_edge.rotations.optrot import OptRotOptions, cayley_step, initial_rot
 from optrot_edge.rotations.rotation import ORTHOGONALITY, orthogonality_error
 
 # Bounds on what the order of float32 sums may change: about a hundred times what rounding every product and
-# sum differently changes on a CPU. In sampled steps it also swaps a row now and then.
-LOSS_TOLERANCE = {"full": 1e-5, "sampled": 1e-3}
+# sum differently changes on a CPU. In sampled steps it also swaps a row now and then. The GPU's gradients are
+# tf32 where the CPU's are float32: that, done on a CPU, moved the full steps' loss by 1e-5.
+LOSS_TOLERANCE = {"full": 3e-4, "sampled": 1e-3}
 LOGITS_TOLERANCE = 1e-4  # relative Frobenius error of the rotated model on the device against the plain one
 HESSIAN_TOLERANCE = 1e-5  # relative Frobenius error: float32 products
 FP16_ULP = 2**-10  # largest relative size of a float16's last place
@@ -106,7 +107,7 @@ def check(name: str, measured: float, bound: float, *, at_least: bool = False) -
     return {"check": name, "measured": measured, "bound": bound, "passed": passed}
 
 
-def outcome(checks: list[dict], timings: list[dict]) -> dict:
+def outcome(checks: list[dict], timings: list[dict], *, statistic: str = f"median of {TIMED_RUNS}") -> dict:
     """A step's result; failed checks are named on stdout."""
     for row in checks:
         if not row["passed"]:
@@ -114,7 +115,7 @@ def outcome(checks: list[dict], timings: list[dict]) -> dict:
         if not abs(row["measured"]) < float("inf"):
             row["measured"] = str(row["measured"])  # JSON has neither NaN nor infinity
     return {"passed": all(row["passed"] for row in checks), "checks": checks, "timings": timings,
-            "statistic": f"median of {TIMED_RUNS}"}
+            "statistic": statistic}
 
 
 def rotation_step(device: str) -> dict:

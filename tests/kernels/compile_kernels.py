@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for the GPU architecture argv[1] (80, 90, ...); needs no GPU.
+"""Compiles every Triton kernel for the GPU architecture argv[1] (80, 90, 120, ...); needs no GPU.
 
 A program of its own: Triton's interpreter, which the tests run in, replaces the compiler.
 """
@@ -10,17 +10,17 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from optrot_edge.kernels.fourth_power import _cube_kernel, _cube_matmul_kernel, tile_shape
-from optrot_edge.kernels.hadamard import TRITON_BLOCKS, _hadamard_kernel
+from optrot_edge.kernels import fake_quant, fourth_power, hadamard
+
+ELEMENTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FLOATS = ("scale", "clip")
 
 
 def build(kernel, pointers, constants, warps):
-    """Cubin of `kernel`; `pointers` name element types, other arguments are int32 multiples of 16."""
+    """Compiled `kernel`; `pointers` name element types, other arguments are int32 multiples of 16."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else "i32" for name in names}
+    signature = {name: "constexpr" if name in constants else "fp32" if name in FLOATS else "i32" for name in names}
     signature |= {name: f"*{element}" for name, element in pointers.items()}
-    if "scale" in names:
-        signature["scale"] = "fp32"
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names)
                if signature[name] not in ("constexpr", "fp32")}
     source = ASTSource(kernel, signature, {(names.index(key),): value for key, value in constants.items()},
@@ -28,31 +28,57 @@ def build(kernel, pointers, constants, warps):
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     built = compile(source, target=target, options={"num_warps": warps, "num_stages": 3})
     assert built.asm["cubin"], kernel
-    assert built.metadata.shared <= 99 * 1024, (kernel, built.metadata.shared)  # a consumer GPU's limit
+    assert built.metadata.shared <= 99 * 1024, (kernel, constants, built.metadata.shared)  # a consumer GPU's limit
     return built
 
 
-def main():
-    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"),
-                             (torch.bfloat16, "ieee")):
-        rows, widest, depth, warps = tile_shape(dtype, precision)
-        element = "fp32" if dtype == torch.float32 else "bf16"
-        pointers = {"x": element, "r": element, "weights": "fp32", "cubed": element, "partial": "fp32"}
+def build_fourth_power():
+    for precision in fourth_power.PRECISIONS:
+        rows, widest, depth, warps = fourth_power.tile_shape(precision)
+        element, stored = "bf16" if precision == "bf16" else "fp32", "fp32" if precision == "ieee" else "bf16"
+        pointers = {"x": element, "r": element, "weights": "fp32", "cubed": stored, "partial": "fp32"}
         for weighted, columns in ((False, widest), (True, widest), (True, 16)):
-            constants = {"D": 4096, "WEIGHTED": weighted, "PRECISION": precision, "UPCAST": False,
-                         "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "x_column": 1, "r_column": 1}
-            built = build(_cube_matmul_kernel, pointers, constants, warps)
-            # Anything but float32 at full precision belongs on the tensor cores.
-            tensor_cores = precision != "ieee" or dtype == torch.bfloat16
-            assert ("mma" in built.asm["ptx"]) == tensor_cores, (element, precision)
-    build(_cube_kernel, {"y": "fp32", "weights": "fp32", "partial": "fp32"},
+            constants = {"D": 4096, "WEIGHTED": weighted, "UPCAST": False, "ROWS": rows, "COLUMNS": columns,
+                         "PRECISION": "tf32" if precision == "tf32" else "ieee", "DEPTH": depth, "GROUP": 8,
+                         "x_column": 1, "r_row" if precision == "tf32" else "r_column": 1}
+            built = build(fourth_power._cube_matmul_kernel, pointers, constants, warps)
+            # Anything but float32 at full precision belongs on the tensor cores, Hopper's own where there are.
+            product = "wgmma" if sys.argv[1] == "90" and columns == widest else "mma"
+            assert (product in built.asm["ptx"]) == (precision != "ieee"), (precision, columns)
+    build(fourth_power._cube_kernel, {"y": "fp32", "weights": "fp32", "partial": "fp32"},
           {"WEIGHTED": True, "BLOCK": 4096}, 4)
-    for block in TRITON_BLOCKS:
-        for element in ("fp32", "fp16", "bf16"):
-            build(_hadamard_kernel, {"x": element, "y": element},
-                  {"ROWS": 4096 // block, "BLOCK": block, "STAGES": block.bit_length() - 1}, 4)
-    print("compiled")
+
+
+def build_hadamard():
+    for element in ELEMENTS.values():
+        for block in (2, 64, 512, 4096, 8192, 16384):  # what a pass takes; larger blocks are two passes
+            rows = max(1, 4096 // block)
+            build(hadamard._hadamard_kernel, {"x": element, "y": element},
+                  {"STRIDE": 1, "ROWS": rows, "BLOCK": block, "STAGES": block.bit_length() - 1},
+                  hadamard.tile_warps(rows * block))
+        for order, power in ((12, 1), (12, 1024), (28, 512), (44, 64), (64, 256)):
+            side = hadamard.padded(order)
+            groups = max(1, 4096 // (side * power))
+            build(hadamard._hadamard_core_kernel, {"x": element, "y": element, "core": "fp32"},
+                  {"ORDER": order, "SIDE": side, "GROUPS": groups, "POWER": power, "UPCAST": False,
+                   "STAGES": power.bit_length() - 1}, hadamard.tile_warps(side * groups * power))
+    for source, stride, block in (("fp32", 16384, 2), ("fp32", 512 * 28, 4)):
+        build(hadamard._hadamard_kernel, {"x": source, "y": "bf16"},
+              {"STRIDE": stride, "ROWS": 4096 // block, "BLOCK": block, "STAGES": block.bit_length() - 1},
+              hadamard.tile_warps(4096))
+
+
+def build_fake_quant():
+    for element in ELEMENTS.values():
+        for width in (1, 128, 4096, 14336):
+            columns, rows, warps = fake_quant.tile_shape(width)
+            build(fake_quant._fake_quant_kernel, {"x": element, "y": element, "scales": "fp32"},
+                  {"WIDTH": width, "TOP": 7, "SMALLEST": fake_quant.SMALLEST_SCALE, "ROWS": rows,
+                   "COLUMNS": columns}, warps)
 
 
 if __name__ == "__main__":
-    main()
+    build_fourth_power()
+    build_hadamard()
+    build_fake_quant()
+    print("compiled")

@@ -21,31 +21,63 @@ def python(*arguments, **variables):
 
 
 @pytest.mark.slow
-def test_kernels_step_in_the_interpreter(tmp_path):
+def test_kernels_steps_in_the_interpreter(tmp_path):
     out = tmp_path / "gpu_check.json"
-    out.write_text('{"objective": {"rows": []}}')
-    run = python(SCRIPT, "kernels", "--interpret", "--out", out)
+    out.write_text('{"rotation": {"rows": []}}')
+    run = python(SCRIPT, "--interpret", "--out", out)
     assert run.returncode == 0, run.stdout + run.stderr
     steps = json.loads(out.read_text())
-    assert steps["objective"] == {"rows": []}  # other steps' results stay
-    assert steps["kernels"]["passed"] and steps["kernels"]["cases"] > 90
-    assert {row["kernel"] for row in steps["kernels"]["worst"]} == {"fourth_power", "block_hadamard"}
+    assert set(steps) == {"rotation", "kernels", "objective", "hadamard", "fake-quant"}
+    assert steps["rotation"] == {"rows": []}  # other steps' results stay
+    assert steps["kernels"]["passed"] and steps["kernels"]["cases"] > 400
+    assert {row["kernel"] for row in steps["kernels"]["worst"]} == {"fourth_power", "block_hadamard", "fake_quantize"}
+    for name in ("objective", "hadamard", "fake-quant"):
+        times = [value for row in steps[name]["rows"] for key, value in row.items() if key.startswith("kernel")]
+        assert len(times) > 3 and min(time for time in times if time is not None) > 0
 
 
 @pytest.mark.slow
-def test_a_wrong_kernel_fails_the_run(tmp_path):
-    """The twin replaced by one that is off by one part in ten thousand, or gives NaN."""
-    for fault, shown in (("* 1.0001", "OUT OF TOLERANCE"), ("* float('nan')", "'error': inf")):
-        program = ("import sys; sys.argv = ['gpu_check.py', '--interpret']\n"
-                   f"sys.path.insert(0, '{SCRIPT.parent}')\n"
-                   "import gpu_check, optrot_edge.kernels.hadamard as h\n"
-                   "twin = h.block_hadamard_torch\n"
-                   f"h.block_hadamard_torch = lambda x, block: twin(x, block) {fault}\n"
-                   f"sys.exit(gpu_check.main(['--interpret', '--out', '{tmp_path / 'out.json'}']))")
-        run = python("-c", program)
-        assert run.returncode == 1, run.stdout + run.stderr
-        assert shown in run.stdout and "FAILED: kernels" in run.stdout
-        assert json.loads((tmp_path / "out.json").read_text())["kernels"]["failed"]
+@pytest.mark.parametrize(("name", "fault", "shown"), [
+    ("fourth_power_triton", "lambda r: r[1].mul_(1.02)", "gradient"),
+    ("fourth_power_triton", "lambda r: r[0].mul_(1.00001)", "loss"),
+    ("block_hadamard_triton", "lambda r: r.mul_(1.0001)", "block_hadamard"),
+    ("block_hadamard_triton", "lambda r: r.mul_(float('nan'))", "'error': inf"),
+    ("fake_quantize_triton", "lambda r: isinstance(r, tuple) and r[1].mul_(1.0001)", "fake_quantize"),
+])
+def test_a_wrong_kernel_fails_the_run(name, fault, shown, tmp_path):
+    program = f"""
+import sys; sys.argv = ['gpu_check.py', '--interpret']
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import gpu_check, gpu_kernels
+gpu_kernels.BLOCKS, gpu_kernels.CORES = (2, 64), ((12, 4),)
+kernel = gpu_kernels.{name}
+def spoilt(*arguments, **named):
+    result = kernel(*arguments, **named)
+    ({fault})(result)
+    return result
+gpu_kernels.{name} = spoilt
+sys.exit(gpu_check.main(['--interpret', 'kernels', '--out', {str(tmp_path / "out.json")!r}]))
+"""
+    run = python("-c", program)
+    assert run.returncode == 1, run.stdout + run.stderr
+    wrong = [line for line in run.stdout.splitlines() if line.startswith("OUT OF TOLERANCE")]
+    assert wrong and shown in run.stdout and "FAILED: kernels" in run.stdout
+    kernel = name.removesuffix("_triton")
+    assert {row["kernel"] for row in json.loads((tmp_path / "out.json").read_text())["kernels"]["failed"]} == {kernel}
+
+
+def test_a_contender_that_cannot_run_is_named_and_a_kernel_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_speed
+
+    def broken():
+        raise RuntimeError("no compiler")
+
+    times, failures = gpu_speed.milliseconds("cpu", {"kernel": lambda: None, "compiled": broken, "dense": None})
+    assert times["kernel"] >= 0 and times["compiled"] is None and times["dense"] is None
+    assert failures == {"compiled": "RuntimeError: no compiler"}
+    with pytest.raises(RuntimeError, match="no compiler"):
+        gpu_speed.milliseconds("cpu", {"kernel": broken})
 
 
 ROAD = f"""
@@ -56,7 +88,7 @@ class Absent:
             raise ModuleNotFoundError(name + ' is not installed here', name=name)
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-import gpu_check, gpu_road
+import gpu_check, gpu_road, gpu_8b
 """
 
 
@@ -67,10 +99,11 @@ def test_road_steps_need_torch_triton_numpy_and_safetensors_only(tmp_path):
     run = python("-c", ROAD + f"sys.exit(gpu_check.main(['--cpu', '--out', {str(out)!r}]))")
     assert run.returncode == 0, run.stdout + run.stderr
     steps = json.loads(out.read_text())
-    assert set(steps) == {"objective", "rotation", "quantizer"}
-    for name, checks in (("rotation", 10), ("quantizer", 11)):
+    assert set(steps) == {"objective", "rotation", "quantizer", "optrot-8b"}
+    for name, checks in (("rotation", 10), ("quantizer", 11), ("optrot-8b", 6)):
         assert steps[name]["passed"] and len(steps[name]["checks"]) == checks
-        timings = [value for row in steps[name]["timings"] for key, value in row.items() if key.endswith("ms")]
+        timings = [value for row in steps[name]["timings"] for key, value in row.items()
+                   if key.endswith(("ms", "seconds"))]
         assert len(timings) > 4 and min(timings) > 0
 
 
@@ -88,6 +121,12 @@ FAULTS = {
         (1, "Grid.fit", "lambda r: r.scales[0].mul_(1.01)", "share of equal scales"),
         (1, "gptq", "lambda r: r[0].bitwise_xor_(1)", "GPTQ's output error"),
         (1, "QuantizerOptions", "lambda r: setattr(r, 'method', 'rtn')", "SequentialQuantizer"),
+    ],
+    "optrot-8b": [
+        (0, "learn", "lambda r: r.recipe.update(loss=r.recipe['loss'] * 1.001)", "loss against the fused weights'"),
+        (1, "learn", "lambda r: setattr(r, 'r1', r.r1.roll(1, 0))", "loss against the fused weights'"),
+        (0, "learn", "lambda r: setattr(r, 'r2', r.r2 * (1 + 1e-11))", "orthogonality"),
+        (1, "learn", "lambda r: r.recipe.update(loss_start=r.recipe['loss'])", "loss over the start's"),
     ],
 }
 
@@ -110,7 +149,8 @@ def spoil(owner, name, turn, fault):
 gpu_road.learning_times = gpu_road.quantizing_times = lambda device: [{{'what': 'skipped'}}]
 for turn, path, fault, shown in {FAULTS[step]!r}:
     *owner, name = path.split('.')
-    owner = getattr(gpu_road, owner[0]) if owner else gpu_road
+    module = gpu_8b if {step!r} == 'optrot-8b' else gpu_road
+    owner = getattr(module, owner[0]) if owner else module
     sound = spoil(owner, name, turn, eval(fault))
     print('fault', shown, gpu_check.main(['--cpu', {step!r}, '--out', {str(tmp_path / "out.json")!r}]))
     setattr(owner, name, sound)
@@ -131,7 +171,7 @@ def test_without_a_gpu_it_says_so():
     assert "no CUDA GPU" in run.stderr and "--interpret" in run.stderr
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["objective", "--interpret"], ["kernels", "--cpu"],
+@pytest.mark.parametrize("arguments", [["nonsense"], ["rotation", "--interpret"], ["kernels", "--cpu"],
                                        ["--cpu", "--interpret"]])
 def test_bad_usage(arguments):
     run = python(SCRIPT, *arguments)
@@ -139,7 +179,7 @@ def test_bad_usage(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("architecture", ["80", "90", "120"])
 def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     run = python(ROOT / "tests" / "kernels" / "compile_kernels.py", architecture,
                  TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
