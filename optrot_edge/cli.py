@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from optrot_edge.errors import InputError
-from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rows
+from optrot_edge.processes import process_count, process_rank
+from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp, "
@@ -24,21 +25,35 @@ settings = {"debug": False, "quiet": False, "json": False}
 
 
 @app.callback()
-def main_options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False):
+def main_options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+                 ctx: typer.Context = None):
     """Options before the command."""
     settings["debug"] = debug
+    if process_count() > 1 and ctx.invoked_subcommand != "rotate":
+        raise InputError("torchrun serves `rotate` only: learn the rotation with it, then run "
+                         f"{ctx.invoked_subcommand} in one process with --rotation FILE")
 
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or a GGUF file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Rotation = Annotated[str, typer.Option(help="How: none, hadamard, optrot, or a file saved by `rotate`.")]
-Rotate = Annotated[str, typer.Option(help="Which rotations: a list of r1, r2, r3, r4.")]
+Rotation = Annotated[str, typer.Option(help="auto (measure, keep the best per byte), none, hadamard, optrot (no data), "
+                                            "optrot+ (uses calibration text), or a file saved by `rotate`.")]
+Rotate = Annotated[str, typer.Option(help="Which rotations are allowed: a list of r1, r2, r3, r4.")]
+Scales = Annotated[bool, typer.Option(help="OptRot+ learns norm gains and channel scales too.")]
+PlusObjective = Annotated[str, typer.Option(help="OptRot+ objective: grid (steps of the stored grid) or plain.")]
+PlusStart = Annotated[str, typer.Option(help="OptRot+ starts from: native (the model as it is) or hadamard.")]
+PlusSteps = Annotated[int, typer.Option(help="OptRot+ steps, each over all layers.")]
 R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4 (a power of two).")]
 Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
-Steps = Annotated[int, typer.Option(help="OptRot steps; the paper's setting is 1000 with --optrot-rows 0.")]
-Rows = Annotated[int, typer.Option(help="Rows drawn per OptRot step; 0 takes all.")]
+Objective = Annotated[str, typer.Option(help="OptRot objective: all matrices, or top-50 (those of largest loss).")]
+Steps = Annotated[int | None, typer.Option(help="OptRot steps (default: polar 80, cayley 1000).")]
+Rows = Annotated[int | None, typer.Option(help="Rows drawn per OptRot step on average, 0 for all (default: polar 16 "
+                                               "per residual channel, cayley all).")]
+Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower the loss by less than this fraction "
+                                               "(0: never).")]
+Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Type = Annotated[str, typer.Option(help="Type of the decoder's matrices: q4_0, q4_1, q5_0, q5_1, q8_0, f16, f32, "
@@ -48,6 +63,10 @@ HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or 
 Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
 Calibration = Annotated[str, typer.Option(help="builtin (Python's own help texts), a text file, a hub dataset "
                                                "name[:config], or none (rtn only).")]
+ReportText = Annotated[str, typer.Option(help="Text for the report's input statistics: builtin, a text file, a hub "
+                                              "dataset name[:config], or none (weights only).")]
+MuH = Annotated[bool, typer.Option(help="Report the incoherence of the inputs' covariances too: slow above some "
+                                        "8,000 dimensions without a GPU.")]
 Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
 Damp = Annotated[float, typer.Option(help="Hessian damping, fraction of its mean diagonal.")]
@@ -75,8 +94,10 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            out: Annotated[Path, typer.Option(help="The package to write.")],
            format: Annotated[str, typer.Option(help="Package format: gguf.")] = "gguf",
            type: Type = "q4_0", embedding_type: EmbeddingType = None, head_type: HeadType = None,
-           rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
-           optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
+           rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
+           optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
+           optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
+           plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
            quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
            seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
            device: Device = "auto",
@@ -100,8 +121,10 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
 @app.command()
 def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
              type: Type = "q4_0", embedding_type: EmbeddingType = None, head_type: HeadType = None,
-             rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
-             optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
+             rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
+             optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
+             optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
+             plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
              quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
              seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
              device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False,
@@ -121,18 +144,31 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
 
 @app.command()
 def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation file (.safetensors) to write.")],
-           rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", r4_block: R4Block = 256,
-           optrot_solver: Solver = "polar", optrot_steps: Steps = 60, optrot_rows: Rows = 20_000,
-           seed: Seed = 0, device: Device = "auto", overwrite: Overwrite = False, quiet: Quiet = False,
-           json: Json = False, ctx: typer.Context = None):
-    """Learn or draw a rotation for MODEL and save it, to be reused with --rotation FILE."""
+           rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
+           optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
+           optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
+           plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
+           calibration: ReportText = "builtin", nsamples: Nsamples = 128, seqlen: Seqlen = 256, mu_h: MuH = True,
+           damp: Damp = 0.1, type: Type = "q4_0", seed: Seed = 0, device: Device = "auto",
+           overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
+    """Learn or draw a rotation for MODEL and save it, to be reused with --rotation FILE.
+
+    With several GPUs: torchrun --nproc-per-node N -m optrot_edge rotate MODEL --rotation optrot
+    --out FILE.
+    A report of what it does to every matrix is written beside it, as .json and .png.
+    """
     from optrot_edge import pipeline
+    from optrot_edge.rotations.report import read_summary
 
     with _reporter(quiet, json) as reporter:
-        made = pipeline.rotate(model, out, overwrite=overwrite, progress=reporter.update, **_recipe_fields(ctx))
+        made = pipeline.rotate(model, out, overwrite=overwrite, report=True, mu_h=mu_h, progress=reporter.update,
+                               **_recipe_fields(ctx))
+    if process_rank():
+        return  # rank 0 of a torchrun launch reports
     summary = {"path": str(out), "rotation": made.method, "applied": made.applied,
-               **{k: v for k, v in made.recipe.items() if not k.startswith("layer_")}}
-    _emit(summary, lambda r: print_rows(r, "Rotation"))
+               **{k: v for k, v in made.recipe.items() if not k.startswith(("layer_", "loss_curve"))},
+               **read_summary(out)}
+    _emit(summary, print_rotation)
 
 
 @app.command("eval")

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 from optrot_edge.checkpoint import (
@@ -20,154 +17,86 @@ from optrot_edge.checkpoint import (
     QuantizedCheckpoint,
 )
 from optrot_edge.errors import InputError
-from optrot_edge.recipe import ROTATIONS, Recipe
+from optrot_edge.inputs import CalibrationInputs, Progress, check_seqlen
+from optrot_edge.recipe import Recipe
+from optrot_edge.rotating import (
+    make_rotation,
+    needs_learn,
+    prepare_output,
+    quiet,
+    resolve_device,
+    rotate,
+    starting_point,
+    versions,
+)
 
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 FORMATS = ("gguf",)
+__all__ = ["evaluate", "export", "plan", "prepare_output", "quantize", "rotate", "write_reference"]
 
 
-def _quiet(stage: str, done: int, total: int, note: str) -> None:
-    """The progress sink when none is given."""
-
-
-def resolve_device(name: str) -> str:
-    """ "auto" to the best device here; InputError when a named one is absent."""
-    import torch
-
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if usable[device])
-    if not usable.get(name, False):
-        raise InputError(f"--device {name} is not usable here; usable: "
-                         + ", ".join(device for device, there in usable.items() if there))
-    return name
-
-
-def _needs_learn() -> None:
-    """A readable refusal on a machine that only has the base install."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise InputError('rotating and quantising need torch: pip install "optrot-edge[learn]"') from None
-
-
-def make_rotation(source, recipe: Recipe, progress: Progress = _quiet, *, learned: bool = True):
-    """Draw, learn or load the rotation that `recipe` names for an open model `source`.
-
-    `learned` False gives only the starting point of one that is to be learned.
-    """
-    import torch
-
-    from optrot_edge.rotations.optrot import OptRotOptions, initial_rotation, learn
-    from optrot_edge.rotations.rotation import Rotation
-
-    if recipe.rotation not in ROTATIONS:
-        rotation = Rotation.load(recipe.rotation)
-        rotation.validate(source.config)
-        if recipe.which != set(rotation.applied):
-            held = ",".join(rotation.applied)
-            raise InputError(f"--rotate {recipe.rotate}: {recipe.rotation} holds {held}; pass --rotate {held}")
-        return rotation
-    if recipe.rotation == "none":
-        return Rotation("none")
-    config, which = source.config, recipe.which
-    blocks = {}
-    if "r3" in which:
-        blocks["r3_block"] = config.head_dim & -config.head_dim  # largest power of two that divides it
-    if "r4" in which:
-        blocks["r4_block"] = recipe.r4_block
-    Rotation("hadamard", **blocks).validate(config)  # before matrices are drawn
-    generator = torch.Generator().manual_seed(recipe.seed)
-    rotation = initial_rotation(config, which, generator, **blocks)
-    rotation.validate(config)
-    rotation.recipe["seed"] = recipe.seed
-    if recipe.rotation == "optrot" and learned:
-        options = OptRotOptions(recipe.optrot_solver, recipe.optrot_steps, recipe.optrot_rows or None)
-        rotation = learn(source, rotation, options, generator, device=resolve_device(recipe.device),
-                         progress=lambda done, total: progress("learn rotation", done, total, ""))
-    return rotation
-
-
-def rotate(model: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = _quiet, **fields):
-    """Learn or draw a rotation for `model` and save it to `out`; `fields` are Recipe's."""
-    _needs_learn()
-    from optrot_edge.models import open_model
-
-    recipe = Recipe(**fields)
-    prepare_output(Path(out), overwrite)
-    rotation = make_rotation(open_model(model), recipe, progress)
-    if not rotation.applied:
-        raise InputError("nothing to save: --rotation none rotates nothing")
-    rotation.save(out)
-    return rotation
-
-
-def _check_seqlen(source, recipe: Recipe) -> None:
-    if recipe.calibration != "none" and recipe.seqlen > source.config.max_position_embeddings:
-        raise InputError(f"--seqlen {recipe.seqlen} exceeds the model's context of "
-                         f"{source.config.max_position_embeddings} tokens")
-
-
-def calibration_windows(source, recipe: Recipe):
-    """Calibration tokens [nsamples, seqlen] (torch int64) and the SHA-256 of their text."""
-    import torch
-
-    from optrot_edge.quantize.calibration import load_text, sample_windows, text_hash
-    from optrot_edge.runtime.text import open_tokenizer
-
-    _check_seqlen(source, recipe)
-    text = load_text(recipe.calibration)
-    tokenizer = open_tokenizer(source.path)
-    ids, bos = tokenizer.tokenize(text), tokenizer.bos if tokenizer.adds_bos else None
-    tokenizer.close()
-    if max(ids, default=0) >= source.config.vocab_size:
-        raise InputError("the tokenizer yields ids beyond the model's vocabulary; they do not belong together")
-    windows = sample_windows(ids, recipe.nsamples, recipe.seqlen, recipe.seed, bos)
-    return torch.from_numpy(windows), text_hash(text)
-
-
-def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = _quiet,
+def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = quiet,
              rotation=None, **fields) -> Path:
     """Rotate and quantise `model` into the checkpoint folder `out`; `fields` are Recipe's.
 
     `rotation` may also be a Rotation made before. Raises InputError on bad input; nothing is left
     behind then.
     """
-    _needs_learn()
+    needs_learn()
+    from optrot_edge.auto import held_out_windows, quantize_best
     from optrot_edge.models import open_model
-    from optrot_edge.plan import check_widths
-    from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
-    from optrot_edge.rotations.fuse import RotatedModel
+    from optrot_edge.plan import check_widths, stored_bytes
 
     started = time.perf_counter()
     if isinstance(rotation, str | Path):
         fields["rotation"], rotation = rotation, None
+    elif rotation is not None:
+        fields.setdefault("rotation", "none")  # nothing is to be made
     recipe = Recipe(**fields)
     source = open_model(model)
     check_widths(source, recipe)
     device = resolve_device(recipe.device)
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
-        tokens, text_sha = (None, None) if recipe.calibration == "none" else calibration_windows(source, recipe)
-        if rotation is None:
-            rotation = make_rotation(source, recipe, progress)
-        rotated = RotatedModel(source, rotation, device)
-        options = QuantizerOptions(recipe.type, recipe.embedding_type, recipe.head_type, recipe.quantizer,
-                                   recipe.damp, recipe.act_order, device=device)
-        quantizer = SequentialQuantizer(rotated, options, tokens)
-        quantizer.run(writer, lambda done, total, worst: progress(
-            "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))
-        source.save_tokenizer(writer.work / "tokenizer")
-        recipe_fields = dataclasses.asdict(recipe) | {"device": device}
-        return writer.finish({
-            "model": rotated.config.to_dict(), "rotation": rotation.describe(), "recipe": recipe_fields,
-            "seed": recipe.seed, "calibration_sha256": text_sha, "versions": versions(),
-            "inputs": {path.name: _sha256(path) for path in source.files},
-            "errors": quantizer.reports, "seconds": round(time.perf_counter() - started, 1)})
+    choose = rotation is None and recipe.rotation == "auto"
+    with CheckpointWriter(out, overwrite=overwrite) as writer, CalibrationInputs(
+            source, recipe, device, writer.work, held_out=held_out_windows(recipe) if choose else 0,
+            progress=progress) as inputs:
+
+        def fill(recipe: Recipe, writer: CheckpointWriter, made=None) -> dict:
+            made = made or make_rotation(source, recipe, progress, inputs=inputs)
+            return _fill(source, made, recipe, inputs, writer, progress)
+
+        if choose:
+            manifest = quantize_best(
+                source, recipe, inputs, writer, fill=fill, progress=progress, stored_bits=lambda arm: 8 * stored_bytes(
+                    source, starting_point(source, dataclasses.replace(
+                        recipe, rotation=arm.rotation, rotate=arm.rotate)), recipe))
+            progress("choose", 1, 1, manifest["auto"]["why"])
+        else:
+            manifest = fill(recipe, writer, rotation)
+        return writer.finish(manifest | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: CheckpointWriter,
+          progress: Progress) -> dict:
+    """Quantise `source` under `rotation` into `writer`; returns the manifest."""
+    from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
+    from optrot_edge.rotations.fuse import RotatedModel
+
+    rotated = RotatedModel(source, rotation, inputs.device)
+    options = QuantizerOptions(recipe.type, recipe.embedding_type, recipe.head_type, recipe.quantizer,
+                               recipe.damp, recipe.act_order, device=inputs.device)
+    quantizer = SequentialQuantizer(rotated, options, inputs.tokens)
+    quantizer.run(writer, lambda done, total, worst: progress(
+        "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))
+    source.save_tokenizer(writer.work / "tokenizer")
+    return {"model": rotated.config.to_dict(), "rotation": rotation.describe(),
+            "recipe": dataclasses.asdict(recipe) | {"device": inputs.device}, "seed": recipe.seed,
+            "calibration_sha256": inputs.text_sha256, "versions": versions(),
+            "inputs": {path.name: _sha256(path) for path in source.files}, "errors": quantizer.reports}
 
 
 def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrite: bool = False,
            checkpoint: str | Path | None = None, vocab_from: str | Path | None = None,
-           progress: Progress = _quiet, **fields) -> dict:
+           progress: Progress = quiet, **fields) -> dict:
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
     With a model, `fields` are Recipe's and `checkpoint` keeps the intermediate checkpoint there.
@@ -177,7 +106,7 @@ def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrit
     prepare_output(out, overwrite)
     if is_checkpoint(model):
         return _export_gguf(model, out, overwrite, vocab_from, progress)
-    _needs_learn()
+    needs_learn()
     _refuse_for_gguf(model, Recipe(**fields), vocab_from)
     with contextlib.ExitStack() as stack:
         if checkpoint is None:
@@ -199,16 +128,16 @@ def plan(model: str | Path, *, format: str | None = None, vocab_from: str | Path
             from optrot_edge.plan import plan_checkpoint
 
             return plan_checkpoint(model, vocab_from)
-    _needs_learn()
+    needs_learn()
     from optrot_edge.models import open_model
     from optrot_edge.plan import make_plan
 
     source, recipe = open_model(model), Recipe(**fields)
     if format is not None:
         _refuse_for_gguf(source, recipe, vocab_from)
-    _check_seqlen(source, recipe)
+    check_seqlen(source, recipe)
     resolve_device(recipe.device)
-    return make_plan(source, recipe, make_rotation(source, recipe, learned=False))
+    return make_plan(source, recipe, starting_point(source, recipe))
 
 
 def evaluate(package: str | Path, reference: str | Path, *, text: str | None = None, **options) -> dict:
@@ -272,27 +201,6 @@ def _export_gguf(checkpoint, out: Path, overwrite: bool, vocab_from, progress: P
                        progress=lambda done, total, what: progress("write and verify", done, total, what))
 
 
-def prepare_output(out: Path, overwrite: bool) -> None:
-    """Make the folder of the file `out`; InputError when it cannot be, or when `out` is taken."""
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; --out must name a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {out.parent}: {error.strerror}") from None
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def versions() -> dict:
-    """Versions of what shaped the result."""
-    found = {"python": platform.python_version()}
-    for name in ("optrot-edge", "torch", "numpy", "gguf", "safetensors", "transformers"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

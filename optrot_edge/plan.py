@@ -55,6 +55,13 @@ def make_plan(source, recipe, rotation) -> dict:
             "bits_per_weight": 8 * sum(parts.values()) / weights, "peak_memory_bytes": peak, "seconds": seconds}
 
 
+def stored_bytes(source, rotation, recipe) -> float:
+    """Bytes of all tensors as a package stores them, for an open model, a Rotation (learned or not), a Recipe."""
+    from optrot_edge.rotations.fuse import RotatedModel
+
+    return sum(_sizes(source.family, RotatedModel(source, rotation).config, recipe)[0].values())
+
+
 def _sizes(family, config, recipe) -> tuple[dict[str, float], int]:
     """Bytes by part, and the number of weights."""
     parts, weights = {"body": 0.0, "embedding": 0.0, "head": 0.0, "norms and biases": 0.0}, 0
@@ -103,12 +110,24 @@ def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
     if recipe.quantizer == "gptq":
         flops += 4 * body * widest  # float64
     if recipe.rotation == "optrot":
-        rows = recipe.optrot_rows or body // hidden
-        flops += recipe.optrot_steps * 4 * rows * hidden**2 + 8 * body * hidden
-        peak += min(2**29, 40 * rows * hidden)
+        more_flops, more_bytes = _learning_effort(config, recipe, body)
+        flops, peak = flops + more_flops, peak + more_bytes
     if rotated:
         flops += 4 * (body + 2 * matrix) * hidden
     return round(peak), round(flops / gemm_rate() + 5)
+
+
+def _learning_effort(config, recipe, body: int) -> tuple[int, int]:
+    """Floating-point operations and bytes of learning R1 and R2; `body` counts the decoder's weights."""
+    from optrot_edge.rotations.distributed import spare_memory
+    from optrot_edge.rotations.learner import POOL
+
+    hidden, options = config.hidden_size, recipe.optrot_options()
+    rows = min(options.rows_per_step(hidden) or body, body // hidden)
+    heads = config.num_attention_heads + config.num_key_value_heads
+    values = config.num_hidden_layers * heads * config.head_dim  # rows of v and o, for R2
+    flops = options.steps * (4 * rows * hidden**2 + 2 * values * hidden**2 + 40 * hidden**3) + 8 * body * hidden
+    return flops, min(4 * body, POOL) + min(4 * body, spare_memory("cpu"))
 
 
 def plan_checkpoint(path: str | Path, vocab_from: str | Path | None = None) -> dict:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.rotations.options import OptRotOptions
 
-ROTATIONS = ("none", "hadamard", "optrot")
+ROTATIONS = ("none", "hadamard", "optrot", "optrot+")
 
 
 @dataclass
@@ -17,19 +18,28 @@ class Recipe:
 
     `type` is the body's grid (a GGUF type or `int4-g128-sym` and the like); `embedding_type` None
     means the body's, `head_type` None means q8_0 (a tied matrix takes the head's type). `rotation` is
-    none, hadamard, optrot, or the path of a saved rotation; `rotate` lists which of r1,r2,r3,r4.
+    none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
+    `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
+    The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
     type: str = "q4_0"
     embedding_type: str | None = None
     head_type: str | None = None
-    rotation: str = "optrot"
+    rotation: str = "auto"
     rotate: str = "r1,r2"
+    scales: bool = True
     r4_block: int = 256
+    optrot_objective: str = "all"
     optrot_solver: str = "polar"
-    optrot_steps: int = 60
-    optrot_rows: int = 20_000
+    optrot_steps: int | None = None
+    optrot_rows: int | None = None
+    optrot_tolerance: float = 0.0
+    optrot_target: float | None = None
+    plus_objective: str = "grid"
+    plus_start: str = "native"
+    plus_steps: int = 30
     quantizer: str = "gptq"
     calibration: str = "builtin"
     nsamples: int = 128
@@ -50,11 +60,8 @@ class Recipe:
         unknown = self.which - {"r1", "r2", "r3", "r4"}
         if unknown:
             raise InputError(f"--rotate {self.rotate}: unknown {', '.join(sorted(unknown))}; use r1,r2,r3,r4")
-        if self.rotation not in ROTATIONS and not Path(self.rotation).is_file():
-            raise InputError(f"--rotation {self.rotation}: neither none, hadamard, optrot "
-                             "nor a rotation file saved by `optrot-edge rotate`")
-        if self.rotation == "optrot" and not self.which & {"r1", "r2"}:
-            raise InputError("--rotation optrot learns R1 and R2, but --rotate names neither")
+        self._check_rotation()
+        self.optrot_options()
         if self.quantizer not in ("gptq", "rtn"):
             raise InputError(f"--quantizer {self.quantizer}: use gptq or rtn")
         if self.calibration == "none" and self.quantizer == "gptq":
@@ -68,3 +75,34 @@ class Recipe:
     def which(self) -> set[str]:
         """The rotations asked for."""
         return {name.strip().lower() for name in self.rotate.split(",") if name.strip()}
+
+    @property
+    def learns_with_data(self) -> bool:
+        """Whether the rotation itself needs calibration text."""
+        return self.rotation in ("optrot+", "auto")
+
+    def optrot_options(self) -> OptRotOptions:
+        """The `optrot_` fields; InputError for values out of range."""
+        rows = "auto" if self.optrot_rows is None else self.optrot_rows
+        return OptRotOptions(self.optrot_solver, self.optrot_steps, rows, objective=self.optrot_objective,
+                             tolerance=self.optrot_tolerance, target=self.optrot_target)
+
+    def _check_rotation(self) -> None:
+        if self.rotation not in (*ROTATIONS, "auto") and not Path(self.rotation).is_file():
+            raise InputError(f"--rotation {self.rotation}: neither auto, {', '.join(ROTATIONS)} "
+                             "nor a rotation file saved by `optrot-edge rotate`")
+        if self.rotation in ("optrot", "optrot+") and not self.which & {"r1", "r2"} and not (
+                self.rotation == "optrot+" and self.scales):
+            raise InputError(f"--rotation {self.rotation} learns R1 and R2, but --rotate names neither")
+        if self.learns_with_data and self.calibration == "none":
+            raise InputError(f"--rotation {self.rotation} needs calibration text; give --calibration, or choose "
+                             "none, hadamard or optrot")
+        if self.learns_with_data and self.type in FLOAT_TYPES:
+            raise InputError(f"--rotation {self.rotation} is for a quantised body; with --type {self.type} use "
+                             "--rotation none")
+        if self.plus_objective not in ("grid", "plain"):
+            raise InputError(f"--plus-objective {self.plus_objective}: use grid or plain")
+        if self.plus_start not in ("native", "hadamard"):
+            raise InputError(f"--plus-start {self.plus_start}: use native or hadamard")
+        if self.plus_steps < 1:
+            raise InputError("--plus-steps must be at least 1")

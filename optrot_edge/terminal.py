@@ -63,7 +63,7 @@ def print_rows(result: dict, title: str) -> None:
     """Scalar entries of `result` as a two-column table."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in result.items():
-        nested = isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+        nested = isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict | list))
         if not nested and value not in (None, [], ""):
             table.add_row(name.replace("_", " "), escape(_readable(name, value)))
     Console().print(table)
@@ -91,6 +91,20 @@ def print_inspection(about: dict) -> None:
         for index, entry in enumerate(about["layers_snr_db"]):
             table.add_row(str(index), f"{entry['snr_db']:.2f}", entry["matrix"])
         Console().print(table)
+
+
+def print_rotation(summary: dict) -> None:
+    """A rotation, and the medians over the layers of what it changes."""
+    print_rows(summary, "Rotation")
+    names = {"mu_w": "μ_W", "mu_h": "μ_H", "mu_w_mu_h": "μ_W μ_H"}
+    table = Table("matrix", *names.values(), "cost ratio", title="Median over layers, before → after",
+                  title_justify="left", caption="cost ratio: ‖W‖² tr D, after / before", caption_justify="left")
+    for row in summary["matrices"]:
+        pairs = ((row[f"{name}_before"], row[f"{name}_after"]) for name in names)
+        cells = ("-" if after is None else f"{before:.3g} → {after:.3g}" for before, after in pairs)
+        ratio = row["tr_d_ratio"]
+        table.add_row(row["matrix"], *cells, "-" if ratio is None else f"{ratio:.3g}")
+    Console().print(table)
 
 
 def print_report(report: dict) -> None:

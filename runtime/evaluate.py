@@ -55,7 +55,7 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
             with backends.open_reference(reference, reference_backend, device) as original:
                 _same_vocabulary(runner, original.vocab_size, original.name)
                 _fits(runner, tokens), _fits(original, tokens)
-                scores = _score_against_model(runner, original, tokens, progress)
+                scores = score_windows(runner, original, tokens, progress)
                 source, used = original.name, f"{original.runtime} ({original.version})"
             count, length = tokens.shape
         report = scores.summary()
@@ -163,7 +163,11 @@ def _windows_of(stored: Reference, package, runner, text: str | None, windows: i
     return np.linspace(0, count - 1, windows or count).astype(int).tolist()
 
 
-def _score_against_model(runner, original, tokens: np.ndarray, progress) -> Scores:
+def score_windows(runner, original, tokens: np.ndarray, progress=None) -> Scores:
+    """Scores of the open backend `runner` against the open backend `original` on windows [b, n] of token ids.
+
+    Raises InputError when the original yields non-finite logits.
+    """
     scores = Scores()
     pairs = zip(original.iter_logits(tokens, progress=progress),
                 runner.iter_logits(tokens, progress=progress), strict=True)

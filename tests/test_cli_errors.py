@@ -244,7 +244,7 @@ def limit_files() -> None:
 def test_full_disk(command, files, tmp_path):
     arguments = {"quantize": ["quantize", files["model"], *RTN], "export": ["export", files["model"], *RTN],
                  "package": ["export", files["checkpoint"]],
-                 "rotate": ["rotate", files["model"], "--rotation", "hadamard"],
+                 "rotate": ["rotate", files["model"], "--rotation", "hadamard", "--calibration", "none"],
                  "reference": ["reference", files["model"], "--text", files["text"], "--window", 64]}[command]
     done = child(*arguments, "--out", tmp_path / "out", preexec_fn=limit_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

@@ -17,8 +17,13 @@ Layer = dict[str, torch.Tensor]
 
 
 def linear(x: torch.Tensor, layer: Layer, name: str) -> torch.Tensor:
-    """`x Wᵀ + b` with the layer's `name.weight` and, when there is one, `name.bias`."""
-    return F.linear(x, layer[f"{name}.weight"], layer.get(f"{name}.bias"))
+    """`x Wᵀ + b` with the layer's `name.weight` and, when there is one, `name.bias`.
+
+    A callable under the layer's key `tap` is given (name, x, output) and returns what is passed on.
+    """
+    y = F.linear(x, layer[f"{name}.weight"], layer.get(f"{name}.bias"))
+    tap = layer.get("tap")
+    return y if tap is None else tap(name, x, y)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Fold norm gains and fuse R1, R2 and R4's weight half into the weights: the function is unchanged.
+"""Fuse R1, R2, R4's weight half, norm gains and channel scales into the weights: the function is unchanged.
 
 Conventions: a linear is `[out, in]`, a residual vector is a row `x`, and `x' = x R1`
 (OptRot, arXiv 2512.24124, section 2; QuaRot, arXiv 2404.00456, section 4).
@@ -62,14 +62,48 @@ def rotate_residual(layer: Layer, r1: torch.Tensor) -> Layer:
     return layer
 
 
+def scale_gain(layer: Layer, norm: str, gain: torch.Tensor) -> Layer:
+    """The layer with `gain` [hidden] as gain of `norm`; the linears that read it make up for it."""
+    layer = dict(layer)
+    change = layer[f"{norm}.weight"] / gain.to(layer[f"{norm}.weight"])
+    for name in READS[norm]:
+        layer[f"{name}.weight"] = layer[f"{name}.weight"] * change
+    layer[f"{norm}.weight"] = gain.to(change)
+    return layer
+
+
+def scale_between(layer: Layer, writer: str, reader: str, scale: torch.Tensor, repeat: int = 1) -> Layer:
+    """Rows (and bias) of `writer` times `scale` [n], columns of `reader` divided by it.
+
+    With `repeat`, each channel of the writer is read by that many query heads: `scale` is [kv_heads, dim].
+    """
+    layer = dict(layer)
+    scale = scale.to(layer[f"{writer}.weight"])
+    layer[f"{writer}.weight"] = layer[f"{writer}.weight"] * scale.reshape(-1, 1)
+    if f"{writer}.bias" in layer:
+        layer[f"{writer}.bias"] = layer[f"{writer}.bias"] * scale.flatten()
+    columns = scale.repeat_interleave(repeat, dim=0).flatten()
+    layer[f"{reader}.weight"] = layer[f"{reader}.weight"] / columns
+    return layer
+
+
 def fuse_layer(layer: Layer, rotation: Rotation, index: int, config: ModelConfig) -> Layer:
     """The rotated layer in the dtype of `layer`. Norm gains are folded only when R1 asks for it."""
+    scales = {name: scale[index] for name, scale in rotation.scales.items()}
     if rotation.r2 is not None:
         layer = rotate_values(layer, rotation.r2[index], config)
+    if "value" in scales:
+        per_head = scales["value"].view(config.num_key_value_heads, -1)
+        layer = scale_between(layer, "v_proj", "o_proj", per_head, config.query_groups)
+    if "up" in scales:
+        layer = scale_between(layer, "up_proj", "down_proj", scales["up"])
     if rotation.r4_block:
         layer = {**layer, "down_proj.weight": block_hadamard(layer["down_proj.weight"], rotation.r4_block)}
     if rotation.r1 is not None:
         layer = rotate_residual(fold_norms(layer), rotation.r1)
+    for norm in READS:
+        if norm in scales:
+            layer = scale_gain(layer, norm, scales[norm])
     return layer
 
 
@@ -95,7 +129,7 @@ class RotatedModel:
 
     def layer(self, index: int, dtype: torch.dtype = torch.float32) -> Layer:
         """Decoder layer `index`, rotated."""
-        if not self.rotation.applied:
+        if not self.rotation.changes:
             return self.source.layer(index, dtype)
         layer = {k: v.to(self.device) for k, v in self.source.layer(index, self.compute).items()}
         layer = fuse_layer(layer, self.rotation, index, self.source.config)

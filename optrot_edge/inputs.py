@@ -1,0 +1,118 @@
+"""Calibration text as the road needs it: windows of tokens, and what the float model makes of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from optrot_edge.errors import InputError
+from optrot_edge.recipe import Recipe
+
+SENSITIVITY_TOKENS = 2048  # a row sums over all columns, so few windows settle it
+Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+
+def check_seqlen(source, recipe: Recipe) -> None:
+    """InputError when a calibration window is longer than the model's context."""
+    if recipe.calibration != "none" and recipe.seqlen > source.config.max_position_embeddings:
+        raise InputError(f"--seqlen {recipe.seqlen} exceeds the model's context of "
+                         f"{source.config.max_position_embeddings} tokens")
+
+
+def calibration_windows(source, recipe: Recipe, extra: int = 0):
+    """Calibration tokens [nsamples + extra, seqlen] (torch int64) and the SHA-256 of their text."""
+    import torch
+
+    from optrot_edge.quantize.calibration import load_text, sample_windows, text_hash
+    from optrot_edge.runtime.text import open_tokenizer
+
+    check_seqlen(source, recipe)
+    text = load_text(recipe.calibration)
+    tokenizer = open_tokenizer(source.path)
+    ids, bos = tokenizer.tokenize(text), tokenizer.bos if tokenizer.adds_bos else None
+    tokenizer.close()
+    if max(ids, default=0) >= source.config.vocab_size:
+        raise InputError("the tokenizer yields ids beyond the model's vocabulary; they do not belong together")
+    windows = sample_windows(ids, recipe.nsamples + extra, recipe.seqlen, recipe.seed, bos)
+    return torch.from_numpy(windows), text_hash(text)
+
+
+class CalibrationInputs:
+    """Tokens and statistics of one model and recipe, each computed when first asked for.
+
+    `held_out` windows are drawn besides the recipe's `nsamples`, evenly among them, and never calibrated on.
+    Covariances are kept in `folder` until `close`, or the end of a `with` block.
+    Raises InputError as `calibration_windows` and `collect` do.
+    """
+
+    def __init__(self, source, recipe: Recipe, device: str, folder: str | Path | None = None, *,
+                 held_out: int = 0, progress: Progress | None = None):
+        self.source, self.recipe, self.device, self.folder = source, recipe, device, folder
+        self.extra = held_out
+        self.progress = progress or (lambda *_: None)
+        self._covariances = None
+
+    def __enter__(self) -> CalibrationInputs:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete what was kept on disk."""
+        if self._covariances is not None:
+            self._covariances.close()
+            self._covariances = None
+
+    @functools.cached_property
+    def _windows(self):
+        if self.recipe.calibration == "none":
+            return None, None, None
+        import torch
+
+        tokens, sha = calibration_windows(self.source, self.recipe, self.extra)
+        apart = torch.zeros(len(tokens), dtype=torch.bool)
+        if self.extra:
+            apart[torch.linspace(0, len(tokens) - 1, self.extra).long()] = True
+        return tokens[~apart], tokens[apart], sha
+
+    @property
+    def tokens(self):
+        """Windows [nsamples, seqlen] to calibrate on; None for calibration "none"."""
+        return self._windows[0]
+
+    @property
+    def held_out(self):
+        """Windows [held_out, seqlen] to judge on."""
+        return self._windows[1]
+
+    @property
+    def text_sha256(self) -> str | None:
+        """SHA-256 of the calibration text."""
+        return self._windows[2]
+
+    @property
+    def covariances(self):
+        """Input covariances of the float model, see `optrot_edge.rotations.covariance`."""
+        from optrot_edge.rotations.covariance import collect
+
+        if self._covariances is None:
+            self._covariances = collect(
+                self.source, self.tokens, device=self.device, folder=self.folder,
+                progress=lambda done, total: self.progress("collect inputs", done, total, ""))
+        return self._covariances
+
+    @functools.cached_property
+    def sensitivity(self) -> list[dict]:
+        """Output sensitivities of the float model, see `optrot_edge.rotations.sensitivity`."""
+        import torch
+
+        from optrot_edge.rotations.sensitivity import output_sensitivity
+
+        count = min(len(self.tokens), max(1, SENSITIVITY_TOKENS // self.recipe.seqlen))
+        chosen = self.tokens[torch.linspace(0, len(self.tokens) - 1, count).long()]
+        return output_sensitivity(self.source, chosen, self.covariances, self.recipe.type,
+                                  torch.Generator().manual_seed(self.recipe.seed), damp=self.recipe.damp,
+                                  device=self.device,
+                                  progress=lambda done, total: self.progress("sensitivity", done, total, ""))

@@ -1,0 +1,78 @@
+"""The layers of a model shared out over processes (torchrun), and the one collective that joins them.
+
+Everything is summed: what belongs to one layer is zero elsewhere, so a sum gathers it exactly.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from optrot_edge.errors import InputError
+from optrot_edge.processes import process_count
+
+TIMEOUT = timedelta(hours=1)  # layers are shared out evenly, but reading them may stall
+
+
+def local_device(device: str) -> str:
+    """"cuda" as this process's own GPU (LOCAL_RANK); other devices as they are.
+
+    Raises InputError, in every process alike, when the machine has fewer GPUs than processes.
+    """
+    if device != "cuda" or process_count() == 1:
+        return device
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > torch.cuda.device_count():
+        raise InputError(f"{here} processes were started but the machine has {torch.cuda.device_count()} GPUs; "
+                         "lower --nproc-per-node, or pass --device cpu")
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def spare_memory(device: str) -> int:
+    """Bytes of rows to keep: half of a GPU's free memory, a quarter of the machine's shared by its processes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(torch.device(device))[0] // 2
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        memory = 2**33
+    return memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+class World:
+    """The processes that learn together; alone, `sum` is the identity."""
+
+    def __init__(self, device: str = "cpu"):
+        self.device = torch.device(device)
+        if process_count() > 1 and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            atexit.register(_leave)
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+    def mine(self, count: int) -> range:
+        """Which of `count` layers this process owns: every size-th, so that unequal layers even out."""
+        return range(self.rank, count, self.size)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over all processes; returned on the device it came from."""
+        if self.size == 1:
+            return tensor
+        there = tensor.to(self.device).clone()
+        dist.all_reduce(there)
+        return there.to(tensor.device)
+
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `tensor` in every process."""
+        return self.sum(tensor if self.rank == 0 else torch.zeros_like(tensor))
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
