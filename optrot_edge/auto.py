@@ -53,7 +53,7 @@ def candidates(source, recipe: Recipe, stored_bits: Callable[[Arm], float]) -> l
     arms = [Arm("none", "none", recipe.rotate)]
     if "r1" not in which or source.config.tie_word_embeddings:
         label = ", ".join([name.upper() for name in rest] + ["scales"] * recipe.scales)
-        if label:
+        if "r2" in rest or recipe.scales:  # something to learn
             arms.append(Arm(f"OptRot+ ({label})", "optrot+", ",".join(rest)))
     if "r1" in which:
         arms.append(Arm("OptRot", "optrot", recipe.rotate))
@@ -123,14 +123,16 @@ def _beats(arm: Arm, simpler: Arm) -> bool:
         return False
     here = np.array(arm.kl_windows) * 4**arm.bits_per_weight
     gain = np.array(simpler.kl_windows) * 4**simpler.bits_per_weight - here
-    return not np.isfinite(simpler.kl) or gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5
+    return bool(not np.isfinite(simpler.kl) or gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5)
 
 
 def explain(arms: list[Arm], best: Arm) -> str:
     """One sentence that says what was chosen and why."""
     plain = arms[0]
     said = f"{best.name}: KL {best.kl:.4f} at {best.bits_per_weight:.2f} bits per weight on held-out text"
-    if best is not plain:
+    if best is not plain and not np.isfinite(plain.kl):
+        said += ", where the model without rotation is not finite"
+    elif best is not plain:
         said += (f", {best.kl / plain.kl:.2f} times that without rotation "
                  f"({plain.kl:.4f} at {plain.bits_per_weight:.2f})")
     others = [f"{arm.name} {arm.kl:.4f} at {arm.bits_per_weight:.2f}" for arm in arms
@@ -151,6 +153,7 @@ def _adopt(writer: CheckpointWriter, arms: list[Arm], best: Arm, recipe: Recipe)
             path.rename(writer.work / path.name)
     shutil.rmtree(folder)
     writer.tensors = manifest.pop("tensors")
-    manifest["recipe"]["rotation"] = recipe.rotation
-    rows = [{k: v for k, v in asdict(arm).items() if k not in ("kl_windows",)} for arm in arms]
+    manifest["recipe"] |= {"rotation": recipe.rotation, "rotate": recipe.rotate}
+    rows = [{k: None if isinstance(v, float) and not np.isfinite(v) else v  # JSON has no NaN
+             for k, v in asdict(arm).items() if k != "kl_windows"} for arm in arms]
     return manifest | {"auto": {"chosen": best.name, "why": explain(arms, best), "arms": rows}}

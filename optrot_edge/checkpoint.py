@@ -244,6 +244,12 @@ class QuantizedCheckpoint:
         return tensor.decode() if isinstance(tensor, QuantizedTensor) else tensor.astype(np.float32)
 
 
+def chosen_by_auto(manifest: dict) -> dict:
+    """{"auto": what `--rotation auto` chose, "why": its reason}; empty for a checkpoint made otherwise."""
+    auto = manifest.get("auto")
+    return {"auto": auto.get("chosen"), "why": auto.get("why")} if isinstance(auto, dict) else {}
+
+
 def _require(array: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
     """ValueError unless `array` is what the manifest announces."""
     if array.shape != shape or array.dtype != np.dtype(dtype):

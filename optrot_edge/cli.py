@@ -167,7 +167,7 @@ def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation fi
         return  # rank 0 of a torchrun launch reports
     summary = {"path": str(out), "rotation": made.method, "applied": made.applied,
                **{k: v for k, v in made.recipe.items() if not k.startswith(("layer_", "loss_curve"))},
-               **read_summary(out)}
+               "scales": sorted(made.scales), **read_summary(out)}
     _emit(summary, print_rotation)
 
 

@@ -13,45 +13,58 @@ SENSITIVITY_TOKENS = 2048  # a row sums over all columns, so few windows settle 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 
-def check_seqlen(source, recipe: Recipe) -> None:
-    """InputError when a calibration window is longer than the model's context."""
+def check_windows(source, recipe: Recipe) -> None:
+    """InputError when a calibration window is longer than the model's context, or all are too few to learn from."""
     if recipe.calibration != "none" and recipe.seqlen > source.config.max_position_embeddings:
         raise InputError(f"--seqlen {recipe.seqlen} exceeds the model's context of "
                          f"{source.config.max_position_embeddings} tokens")
+    if recipe.learns_with_data:
+        from optrot_edge.rotations.covariance import check_tokens
+
+        check_tokens(recipe.nsamples * recipe.seqlen, source.config.hidden_size, warn=False)
 
 
 def calibration_windows(source, recipe: Recipe, extra: int = 0):
-    """Calibration tokens [nsamples + extra, seqlen] (torch int64) and the SHA-256 of their text."""
+    """Calibration tokens [nsamples + extra, seqlen] (torch int64) and the SHA-256 of their text.
+
+    The last `extra` windows are those that "auto" keeps apart.
+    """
     import torch
 
     from optrot_edge.quantize.calibration import load_text, sample_windows, text_hash
     from optrot_edge.runtime.text import open_tokenizer
 
-    check_seqlen(source, recipe)
+    check_windows(source, recipe)
     text = load_text(recipe.calibration)
     tokenizer = open_tokenizer(source.path)
     ids, bos = tokenizer.tokenize(text), tokenizer.bos if tokenizer.adds_bos else None
     tokenizer.close()
     if max(ids, default=0) >= source.config.vocab_size:
         raise InputError("the tokenizer yields ids beyond the model's vocabulary; they do not belong together")
-    windows = sample_windows(ids, recipe.nsamples + extra, recipe.seqlen, recipe.seed, bos)
+    try:
+        windows = sample_windows(ids, recipe.nsamples, recipe.seqlen, recipe.seed, bos, more=extra)
+    except InputError as error:
+        if not extra:
+            raise
+        raise InputError(f"{error} (--rotation auto keeps {extra} of them apart to judge by)") from None
     return torch.from_numpy(windows), text_hash(text)
 
 
 class CalibrationInputs:
     """Tokens and statistics of one model and recipe, each computed when first asked for.
 
-    `held_out` windows are drawn besides the recipe's `nsamples`, evenly among them, and never calibrated on.
-    Covariances are kept in `folder` until `close`, or the end of a `with` block.
+    `held_out` windows are drawn besides the recipe's `nsamples`, which stay the same, and never calibrated on.
+    Covariances are kept in `folder` until `close`, or the end of a `with` block; `covariances` collected before,
+    on the same tokens, are used and left alone.
     Raises InputError as `calibration_windows` and `collect` do.
     """
 
     def __init__(self, source, recipe: Recipe, device: str, folder: str | Path | None = None, *,
-                 held_out: int = 0, progress: Progress | None = None):
+                 held_out: int = 0, covariances=None, progress: Progress | None = None):
         self.source, self.recipe, self.device, self.folder = source, recipe, device, folder
         self.extra = held_out
         self.progress = progress or (lambda *_: None)
-        self._covariances = None
+        self._covariances, self._borrowed = covariances, covariances is not None
 
     def __enter__(self) -> CalibrationInputs:
         return self
@@ -61,7 +74,7 @@ class CalibrationInputs:
 
     def close(self) -> None:
         """Delete what was kept on disk."""
-        if self._covariances is not None:
+        if self._covariances is not None and not self._borrowed:
             self._covariances.close()
             self._covariances = None
 
@@ -69,13 +82,8 @@ class CalibrationInputs:
     def _windows(self):
         if self.recipe.calibration == "none":
             return None, None, None
-        import torch
-
         tokens, sha = calibration_windows(self.source, self.recipe, self.extra)
-        apart = torch.zeros(len(tokens), dtype=torch.bool)
-        if self.extra:
-            apart[torch.linspace(0, len(tokens) - 1, self.extra).long()] = True
-        return tokens[~apart], tokens[apart], sha
+        return tokens[:self.recipe.nsamples], tokens[self.recipe.nsamples:], sha
 
     @property
     def tokens(self):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
+from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto, grid_spec
 from optrot_edge.errors import InputError
 
 
@@ -66,6 +66,7 @@ def _describe_checkpoint(path: Path, manifest: dict) -> dict:
     return {"kind": "quantised checkpoint", "path": str(path), "family": manifest["model"]["family"],
             "name": manifest["model"]["name"], "layers": manifest["model"]["num_hidden_layers"],
             "rotation": manifest["rotation"]["rotation"], "applied": manifest["rotation"]["applied"],
+            "scales": manifest["rotation"].get("scales", []), **chosen_by_auto(manifest),
             "quantizer": recipe["quantizer"], "calibration": recipe["calibration"], "seed": manifest["seed"],
             "bytes_packed": round(types.bits / 8), "bits_per_weight": types.bits_per_weight, "types": types.table,
             "damping_escalations": sum(r.get("damp_escalations", 0) for r in manifest["errors"].values()),
@@ -111,7 +112,7 @@ def _rotation(path: Path) -> dict:
     rotation = Rotation.load(path)
     about = {"kind": "rotation", "path": str(path), **rotation.describe()}
     recipe = about.pop("recipe")
-    about |= {key: value for key, value in recipe.items() if not key.startswith("layer_")}
+    about |= {k: v for k, v in recipe.items() if k not in about and not k.startswith(("layer_", "loss_curve"))}
     for name in ("r1", "r2"):
         matrix = getattr(rotation, name)
         if matrix is not None:

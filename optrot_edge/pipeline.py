@@ -15,9 +15,10 @@ from optrot_edge.checkpoint import (
     GGUF_GRIDS,
     CheckpointWriter,
     QuantizedCheckpoint,
+    chosen_by_auto,
 )
 from optrot_edge.errors import InputError
-from optrot_edge.inputs import CalibrationInputs, Progress, check_seqlen
+from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
 from optrot_edge.recipe import Recipe
 from optrot_edge.rotating import (
     make_rotation,
@@ -44,7 +45,7 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
     needs_learn()
     from optrot_edge.auto import held_out_windows, quantize_best
     from optrot_edge.models import open_model
-    from optrot_edge.plan import check_widths, stored_bytes
+    from optrot_edge.plan import check_widths
 
     started = time.perf_counter()
     if isinstance(rotation, str | Path):
@@ -65,14 +66,20 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
             return _fill(source, made, recipe, inputs, writer, progress)
 
         if choose:
-            manifest = quantize_best(
-                source, recipe, inputs, writer, fill=fill, progress=progress, stored_bits=lambda arm: 8 * stored_bytes(
-                    source, starting_point(source, dataclasses.replace(
-                        recipe, rotation=arm.rotation, rotate=arm.rotate)), recipe))
+            manifest = quantize_best(source, recipe, inputs, writer, _stored_bits(source, recipe), fill, progress)
             progress("choose", 1, 1, manifest["auto"]["why"])
         else:
             manifest = fill(recipe, writer, rotation)
+        inputs.close()  # what it keeps lies in the folder that becomes the checkpoint
         return writer.finish(manifest | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _stored_bits(source, recipe: Recipe):
+    """What `optrot_edge.auto.candidates` asks for: the size of an arm's tensors in bits."""
+    from optrot_edge.plan import stored_bytes
+
+    return lambda arm: 8 * stored_bytes(source, starting_point(source, dataclasses.replace(
+        recipe, rotation=arm.rotation, rotate=arm.rotate)), recipe)
 
 
 def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: CheckpointWriter,
@@ -129,15 +136,19 @@ def plan(model: str | Path, *, format: str | None = None, vocab_from: str | Path
 
             return plan_checkpoint(model, vocab_from)
     needs_learn()
+    from optrot_edge.auto import candidates
     from optrot_edge.models import open_model
-    from optrot_edge.plan import make_plan
+    from optrot_edge.plan import make_plan, plan_choice
 
     source, recipe = open_model(model), Recipe(**fields)
     if format is not None:
         _refuse_for_gguf(source, recipe, vocab_from)
-    check_seqlen(source, recipe)
+    check_windows(source, recipe)
     resolve_device(recipe.device)
-    return make_plan(source, recipe, starting_point(source, recipe))
+    start = starting_point(source, recipe)
+    if recipe.rotation == "auto":
+        return plan_choice(source, recipe, candidates(source, recipe, _stored_bits(source, recipe)), starting_point)
+    return make_plan(source, recipe, start)
 
 
 def evaluate(package: str | Path, reference: str | Path, *, text: str | None = None, **options) -> dict:
@@ -197,8 +208,10 @@ def _refuse_for_gguf(model, recipe: Recipe, vocab_from: str | Path | None) -> No
 def _export_gguf(checkpoint, out: Path, overwrite: bool, vocab_from, progress: Progress) -> dict:
     from optrot_edge.exporters.gguf import export_gguf
 
-    return export_gguf(QuantizedCheckpoint(checkpoint), out, overwrite=overwrite, vocab_from=vocab_from,
-                       progress=lambda done, total, what: progress("write and verify", done, total, what))
+    checkpoint = QuantizedCheckpoint(checkpoint)
+    summary = export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=vocab_from,
+                          progress=lambda done, total, what: progress("write and verify", done, total, what))
+    return summary | chosen_by_auto(checkpoint.manifest)
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -45,14 +47,41 @@ def make_plan(source, recipe, rotation) -> dict:
 
     original, config = source.config, RotatedModel(source, rotation).config
     parts, weights = _sizes(source.family, config, recipe)
-    peak, seconds = _effort(config, recipe, rotation.applied)
+    peak, flops = _effort(config, recipe, rotation.applied)
+    if recipe.rotation == "optrot+":
+        flops += _statistics_flops(config, recipe)
     return {"family": config.family, "name": config.name, "layers": config.num_hidden_layers,
-            "rotated": rotation.applied,
+            "rotation": recipe.rotation, "rotated": rotation.applied,
             "unties_head": original.tie_word_embeddings and not config.tie_word_embeddings,
             "types": {"body": recipe.type, "head": recipe.head_type,
                       "embedding": recipe.head_type if config.tie_word_embeddings else recipe.embedding_type},
             "bytes": round(sum(parts.values())), "bytes_by_part": {k: round(v) for k, v in parts.items()},
-            "bits_per_weight": 8 * sum(parts.values()) / weights, "peak_memory_bytes": peak, "seconds": seconds}
+            "bits_per_weight": 8 * sum(parts.values()) / weights, "peak_memory_bytes": peak,
+            "seconds": round(flops / gemm_rate() + 5)}
+
+
+def plan_choice(source, recipe, arms: list, start_of: Callable) -> dict:
+    """The plan of `--rotation auto`, which quantises and judges all `arms` (as `optrot_edge.auto.candidates` has
+    them) that are not ruled out; `start_of(source, recipe)` is an arm's rotation before learning.
+
+    Sizes, `rotated` and `unties_head` are those of the largest arm; "auto" says so.
+    """
+    from optrot_edge.auto import held_out_windows
+
+    tried = [arm for arm in arms if not arm.skipped]
+    recipes = {arm.name: dataclasses.replace(recipe, rotation=arm.rotation, rotate=arm.rotate) for arm in tried}
+    starts = {arm.name: start_of(source, recipes[arm.name]) for arm in tried}
+    largest = max(reversed(tried), key=lambda arm: arm.bits_per_weight)  # of equals the one that changes most
+    plan = make_plan(source, recipes[largest.name], starts[largest.name])
+    efforts = [_effort(source.config, recipes[name], starts[name].applied) for name in starts]
+    judging = 4 * held_out_windows(recipe) * recipe.seqlen * (_body(source.config) + _matrix(source.config))
+    flops = sum(flops + judging for _, flops in efforts)
+    if any(arm.rotation == "optrot+" for arm in tried):
+        flops += _statistics_flops(source.config, recipe)
+    said = f"measures {', '.join(arm.name for arm in tried)}; sizes and rotations here are those of {largest.name}"
+    said += "".join(f"; {arm.name} not tried: {arm.skipped}" for arm in arms if arm.skipped)
+    return plan | {"rotation": "auto", "auto": said, "arms": [arm.name for arm in tried],
+                   "peak_memory_bytes": max(peak for peak, _ in efforts), "seconds": round(flops / gemm_rate() + 5)}
 
 
 def stored_bytes(source, rotation, recipe) -> float:
@@ -96,25 +125,43 @@ def check_widths(source, recipe) -> None:
         pass
 
 
-def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
-    """Estimated peak memory in bytes and time in seconds."""
-    hidden, ff = config.hidden_size, config.intermediate_size
+def _body(config) -> int:
+    """Weights of the decoder's matrices."""
     q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = hidden * (2 * q_rows + 2 * kv_rows + 3 * ff)
-    body, matrix = layer * config.num_hidden_layers, config.vocab_size * hidden
+    return config.num_hidden_layers * config.hidden_size * (2 * q_rows + 2 * kv_rows + 3 * config.intermediate_size)
+
+
+def _matrix(config) -> int:
+    """Weights of the embedding, or of the head."""
+    return config.vocab_size * config.hidden_size
+
+
+def _observing_flops(config, tokens: int) -> int:
+    """One pass over `tokens` that also sums the products of every linear's inputs."""
+    squares = 2 * config.hidden_size**2 + (config.num_attention_heads * config.head_dim)**2
+    return 2 * tokens * (_body(config) + config.num_hidden_layers * (squares + config.intermediate_size**2))
+
+
+def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
+    """Estimated peak memory in bytes, and floating-point operations."""
+    hidden, ff = config.hidden_size, config.intermediate_size
+    q_rows = config.num_attention_heads * config.head_dim
+    body, matrix = _body(config), _matrix(config)
+    layer = body // config.num_hidden_layers
     tokens = recipe.nsamples * recipe.seqlen if recipe.calibration != "none" else 0
     widest = max(hidden, q_rows, ff)
     peak = OVERHEAD + 4 * (3 * matrix + 8 * layer + 2 * tokens * hidden + 8 * recipe.seqlen * ff * 4
                            + 8 * widest * widest)
-    flops = 2 * tokens * body + 2 * tokens * config.num_hidden_layers * (2 * hidden**2 + q_rows**2 + ff**2)
+    flops = _observing_flops(config, tokens)
     if recipe.quantizer == "gptq":
         flops += 4 * body * widest  # float64
-    if recipe.rotation == "optrot":
-        more_flops, more_bytes = _learning_effort(config, recipe, body)
+    learning = {"optrot": _learning_effort, "optrot+": _plus_effort}.get(recipe.rotation)
+    if learning:
+        more_flops, more_bytes = learning(config, recipe, body)
         flops, peak = flops + more_flops, peak + more_bytes
     if rotated:
         flops += 4 * (body + 2 * matrix) * hidden
-    return round(peak), round(flops / gemm_rate() + 5)
+    return round(peak), round(flops)
 
 
 def _learning_effort(config, recipe, body: int) -> tuple[int, int]:
@@ -128,6 +175,28 @@ def _learning_effort(config, recipe, body: int) -> tuple[int, int]:
     values = config.num_hidden_layers * heads * config.head_dim  # rows of v and o, for R2
     flops = options.steps * (4 * rows * hidden**2 + 2 * values * hidden**2 + 40 * hidden**3) + 8 * body * hidden
     return flops, min(4 * body, POOL) + min(4 * body, spare_memory("cpu"))
+
+
+def _plus_effort(config, recipe, body: int) -> tuple[int, int]:
+    """The same of learning OptRot+, without the statistics it learns from; float64 counts fourfold."""
+    from optrot_edge.rotations.optrot_plus import CACHE_BYTES, OptRotPlusOptions
+
+    hidden, ff, q_rows = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    rows = OptRotPlusOptions().rows + config.num_key_value_heads * config.head_dim
+    step = 28 * hidden**3 + 14 * q_rows**3  # factors of the inputs' covariances, and their gradients: all float64
+    if "r1" in recipe.which:
+        step += 16 * hidden**3 + 6 * hidden**2 * (q_rows + 3 * rows)
+    layers = config.num_hidden_layers
+    return layers * ((recipe.plus_steps + 2) * step + ff**3), min(8 * body, CACHE_BYTES) + 16 * hidden**2 * layers
+
+
+def _statistics_flops(config, recipe) -> int:
+    """Operations of collecting what OptRot+ learns from: covariances, and sensitivities to GPTQ's errors (fitted)."""
+    from optrot_edge.inputs import SENSITIVITY_TOKENS
+
+    body, widest = _body(config), max(config.hidden_size, config.intermediate_size)
+    return (_observing_flops(config, recipe.nsamples * recipe.seqlen) + 16 * body * widest
+            + 16 * SENSITIVITY_TOKENS * (body + _matrix(config)))
 
 
 def plan_checkpoint(path: str | Path, vocab_from: str | Path | None = None) -> dict:

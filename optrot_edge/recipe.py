@@ -60,12 +60,12 @@ class Recipe:
         unknown = self.which - {"r1", "r2", "r3", "r4"}
         if unknown:
             raise InputError(f"--rotate {self.rotate}: unknown {', '.join(sorted(unknown))}; use r1,r2,r3,r4")
-        self._check_rotation()
-        self.optrot_options()
         if self.quantizer not in ("gptq", "rtn"):
             raise InputError(f"--quantizer {self.quantizer}: use gptq or rtn")
         if self.calibration == "none" and self.quantizer == "gptq":
             raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
+        self._check_rotation()
+        self.optrot_options()
         if not 0 < self.damp < 1:
             raise InputError(f"--damp {self.damp}: a fraction between 0 and 1 is needed")
         if self.nsamples < 1 or self.seqlen < 2:

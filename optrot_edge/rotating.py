@@ -53,8 +53,8 @@ def prepare_output(out: Path, overwrite: bool) -> None:
 def starting_point(source, recipe: Recipe):
     """The rotation that `recipe` names for an open model, as it is before any learning.
 
-    "auto" stands for its largest arm. Raises InputError for blocks that do not fit, or a file's rotation that
-    is another model's.
+    "auto" stands for a random start with all that is allowed. Raises InputError for blocks that do not fit, a file's
+    rotation that is another model's, or OptRot+ under torchrun.
     """
     import torch
 
@@ -71,6 +71,8 @@ def starting_point(source, recipe: Recipe):
         return rotation
     if recipe.rotation == "none":
         return Rotation("none")
+    if recipe.rotation == "optrot+" and process_count() > 1:
+        raise InputError("--rotation optrot+ runs in one process; start it without torchrun")
     config, which = source.config, recipe.which
     blocks = {}
     if "r3" in which:
@@ -96,8 +98,6 @@ def make_rotation(source, recipe: Recipe, progress: Progress = quiet, *, inputs:
     if recipe.rotation == "optrot":
         return _learn_optrot(source, start, recipe, progress)
     if recipe.rotation == "optrot+":
-        if process_count() > 1:
-            raise InputError("--rotation optrot+ runs in one process; start it without torchrun")
         with contextlib.ExitStack() as stack:
             if inputs is None:
                 inputs = stack.enter_context(CalibrationInputs(source, recipe, resolve_device(recipe.device),

@@ -71,7 +71,7 @@ def print_rows(result: dict, title: str) -> None:
 
 def print_plan(plan: dict) -> None:
     """A dry run."""
-    rows = {key: value for key, value in plan.items() if key not in ("bytes_by_part", "types")}
+    rows = {key: value for key, value in plan.items() if key not in ("bytes_by_part", "types", "arms")}
     rows |= {f"{part} ({plan['types'].get(part, 'f32')})": _size(size)
              for part, size in plan["bytes_by_part"].items()}
     rows["seconds"] = f"about {plan['seconds']} on this machine's CPU"

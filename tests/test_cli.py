@@ -12,6 +12,8 @@ import gguf
 import pytest
 
 from optrot_edge.checkpoint import QuantizedCheckpoint
+from optrot_edge.models import open_model
+from optrot_edge.recipe import Recipe
 from tests.cli_runner import RTN, child, left, refused, run, run_ok
 from tests.road import FAST_OPTIONS, save_model
 from tests.tiny_models import CASES
@@ -159,10 +161,45 @@ def test_dry_run_knows_the_bytes(case, options, tmp_path, capfd):
 
 def test_dry_run_of_quantize(files, tmp_path, capfd):
     run_ok("quantize", files["model"], "--out", tmp_path / "c", "--dry-run", "--json", "--type", "int3-g32-zero",
-           "--rotate", "r1,r2,r4", "--r4-block", 32)
+           "--rotation", "optrot", "--rotate", "r1,r2,r4", "--r4-block", 32)
     plan = json.loads(capfd.readouterr().out)
     assert plan["rotated"] == ["r1", "r2", "r4"] and plan["types"]["body"] == "int3-g32-zero"
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(("case", "largest", "tried", "rotated"), [
+    ("smollm2", "OptRot+ (R2, scales)", ["none", "OptRot+ (R2, scales)"], ["r2"]),
+    ("llama", "OptRot+ (R1, R2, scales)", ["none", "OptRot", "OptRot+ (R1, R2, scales)"], ["r1", "r2"])])
+def test_dry_run_of_auto_says_that_it_decides_later(case, largest, tried, rotated, tmp_path, capfd):
+    """Sizes are those of the largest arm that is tried; the time is that of all."""
+    model = save_model(tmp_path / "model", case)
+    start = ["export", model, "--out", tmp_path / "m.gguf", "--dry-run", "--json"]
+    run_ok(*start)
+    plan = json.loads(capfd.readouterr().out)
+    assert (plan["rotation"], plan["arms"], plan["rotated"]) == ("auto", tried, rotated)
+    assert plan["auto"].startswith(f"measures {', '.join(tried)}; sizes and rotations here are those of {largest}")
+    assert ("OptRot not tried: R1 unties the head" in plan["auto"]) == (case == "smollm2")
+    run_ok(*start, "--rotation", "optrot+", "--rotate", ",".join(rotated))
+    one = json.loads(capfd.readouterr().out)
+    assert one["bytes"] == plan["bytes"] and one["unties_head"] is plan["unties_head"] is False
+    run_ok(*start[:-1])
+    assert "auto" in capfd.readouterr().out
+    assert left(tmp_path) == ["model"]
+
+
+def test_the_plan_counts_the_learning(tmp_path):
+    """More steps, more windows, more arms: more operations."""
+    from optrot_edge import plan
+
+    source = open_model(save_model(tmp_path / "model", "llama"))
+
+    def flops(applied=("r1", "r2"), **fields):
+        return plan._effort(source.config, Recipe(**fields), list(applied))[1]
+
+    none, plus = flops((), rotation="none"), flops(rotation="optrot+")
+    assert none < flops(rotation="optrot") and none < plus < flops(rotation="optrot+", plus_steps=60)
+    assert flops(rotation="optrot+", rotate="r2") < plus
+    assert plan._statistics_flops(source.config, Recipe(nsamples=256)) > plan._statistics_flops(source.config, Recipe())
 
 
 def test_dry_run_with_a_saved_rotation(files, tmp_path, capfd):
@@ -219,6 +256,45 @@ def test_inspect_tied_gguf(files, tmp_path, capfd):
     run_ok("export", files["model"], "--out", tmp_path / "m.gguf", "-q", *RTN)
     run_ok("inspect", tmp_path / "m.gguf", "--json")
     assert json.loads(capfd.readouterr().out)["tied_head"] is True
+
+
+def test_inspect_what_auto_made(files, tmp_path, capfd):
+    """The summary of the package, the checkpoint's, and the tables name the choice and the reason."""
+    checkpoint = tmp_path / "c"
+    run_ok("export", files["model"], "--out", tmp_path / "m.gguf", "--checkpoint", checkpoint, "--json",
+           "--calibration", files["text"], "--plus-steps", 3, *FAST_OPTIONS)
+    summary = json.loads(capfd.readouterr().out)
+    run_ok("inspect", checkpoint, "--json")
+    about, auto = json.loads(capfd.readouterr().out), QuantizedCheckpoint(checkpoint).manifest["auto"]
+    assert (about["auto"], about["why"]) == (summary["auto"], summary["why"]) == (auto["chosen"], auto["why"])
+    assert "R1 unties the head" in about["why"]
+    assert about["rotation"] == {"none": "none"}.get(auto["chosen"], "optrot+")
+    run_ok("inspect", checkpoint)
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "auto" in shown and "on held-out text" in shown
+    run_ok("export", checkpoint, "--out", tmp_path / "again.gguf")
+    assert "why" in capfd.readouterr().out
+    run_ok("inspect", files["checkpoint"], "--json")
+    assert not {"auto", "why"} & json.loads(capfd.readouterr().out).keys()
+
+
+def test_inspect_a_rotation_with_scales(files, tmp_path, capfd):
+    """Scales by name, without the curve of the learning."""
+    options = ["--rotation", "optrot+", "--plus-steps", 2, "--nsamples", 8, "--seqlen", 32]
+    run_ok("rotate", files["model"], "--out", tmp_path / "r.safetensors", "--json", "--calibration", files["text"],
+           "--rotate", "r2", *options)
+    made = json.loads(capfd.readouterr().out)
+    run_ok("inspect", tmp_path / "r.safetensors", "--json")
+    about = json.loads(capfd.readouterr().out)
+    for found in (made, about):
+        assert found["scales"] == ["attn_norm", "mlp_norm", "up", "value"] and found["applied"] == ["r2"]
+        assert found["loss"] < found["loss_start"] and found["grid"] == "q4_0"
+        assert not {"loss_curve", "layer_loss", "layer_loss_start"} & found.keys()
+    run_ok("inspect", tmp_path / "r.safetensors")
+    assert "attn_norm, mlp_norm, up, value" in " ".join(capfd.readouterr().out.split())
+    run_ok("inspect", files["rotation"], "--json")
+    about = json.loads(capfd.readouterr().out)
+    assert about["scales"] == [] and "loss_curve" not in about
 
 
 def test_inspect_refusals(files, tmp_path, capfd):

@@ -48,7 +48,7 @@ def test_usage_errors(arguments, says, capfd):
 @pytest.mark.parametrize(("options", "says"), [
     (["--type", "q4_k"], "q4_k"), (["--head-type", "q9"], "q9"), (["--embedding-type", "int4-g128-sym"], "g128"),
     (["--type", "int4-g7-sym"], "groups of 7"), (["--rotation", "magic"], "--rotation magic"),
-    (["--rotate", "r1,r9"], "r9"), (["--rotate", "r3"], "names neither"),
+    (["--rotate", "r1,r9"], "r9"), (["--rotation", "optrot", "--rotate", "r3"], "names neither"),
     (["--rotate", "r1,r4", "--r4-block", 48], "R4 block 48"),
     (["--quantizer", "awq"], "--quantizer awq"), (["--device", "tpu"], "--device tpu"), (["--damp", 2], "--damp"),
     (["--optrot-solver", "adam"], "adam"), (["--optrot-steps", 0], "step"), (["--nsamples", 0], "--nsamples"),

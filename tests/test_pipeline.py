@@ -93,7 +93,8 @@ def test_end_to_end(case, model, tmp_path, text):
 def test_a_rotated_float_model_is_the_original_in_llama_cpp(case, model, tmp_path):
     """Read, fold, rotate, untie, write, permute, run: nothing on the road changes the function."""
     tokens = random_tokens(1, length_of(case))
-    pipeline.export(model(case), tmp_path / "m.gguf", type="f32", head_type="f32", checkpoint=tmp_path / "c", **FAST)
+    pipeline.export(model(case), tmp_path / "m.gguf", type="f32", head_type="f32", rotation="optrot",
+                    checkpoint=tmp_path / "c", **FAST)
     rotation = QuantizedCheckpoint(tmp_path / "c").manifest["rotation"]
     assert rotation["rotation"] == "optrot" and rotation["applied"] == ["r1", "r2"]
     largest, _ = spread(llama_logits(tmp_path / "m.gguf", tokens[0].numpy()), original_logits(model(case), tokens))
@@ -117,7 +118,7 @@ def test_invariance_would_see_a_wrong_rotation(model, tmp_path):
 
 def test_a_saved_rotation_is_reused(model, tmp_path, text):
     """Learning inside `quantize` and learning before it give the same checkpoint."""
-    recipe = {**FAST, "calibration": text, "seed": 5}
+    recipe = {**FAST, "rotation": "optrot", "calibration": text, "seed": 5}
     saved = tmp_path / "r.safetensors"
     pipeline.rotate(model("smollm2"), saved, **recipe)
     pipeline.quantize(model("smollm2"), tmp_path / "direct", **recipe)
@@ -205,8 +206,8 @@ def test_r4_and_r3(model, tmp_path):
 
 
 def test_r4_with_gptq_is_evaluated_in_torch(model, tmp_path, text):
-    checkpoint = pipeline.quantize(model("llama"), tmp_path / "c", type="q8_0", rotate="r1,r2,r4", r4_block=32,
-                                   calibration=text, **FAST)
+    checkpoint = pipeline.quantize(model("llama"), tmp_path / "c", type="q8_0", rotation="optrot",
+                                   rotate="r1,r2,r4", r4_block=32, calibration=text, **FAST)
     report = pipeline.evaluate(checkpoint, model("llama"), text=text, windows=2, window=32)
     assert report["runtime"].startswith("torch") and 0 < report["kl_mean"] < 0.01
 
@@ -214,7 +215,7 @@ def test_r4_with_gptq_is_evaluated_in_torch(model, tmp_path, text):
 def test_manifest(model, tmp_path, text):
     folder = model("smollm2")
     path = pipeline.quantize(folder, tmp_path / "c", type="q4_1", embedding_type="q5_0", seed=3, calibration=text,
-                             **FAST)
+                             rotation="optrot", **FAST)
     checkpoint = QuantizedCheckpoint(path)
     manifest = checkpoint.manifest
     expected = {"type": "q4_1", "embedding_type": "q5_0", "head_type": "q8_0", "rotation": "optrot", "rotate": "r1,r2",
@@ -261,7 +262,7 @@ def test_a_tokenizer_that_gguf_cannot_hold_is_refused_before_the_work(model, tmp
     folder = shutil.copytree(model("llama"), tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="neither vocab.gguf nor tokenizer.json; pass --vocab-from"):
-        pipeline.export(folder, tmp_path / "m.gguf", quantizer="rtn", calibration="none",
+        pipeline.export(folder, tmp_path / "m.gguf", quantizer="rtn", calibration="none", rotation="optrot",
                         progress=lambda *_: pytest.fail("work had begun"))
     pipeline.export(model("llama"), tmp_path / "v.gguf", quantizer="rtn", calibration="none", rotation="none")
     pipeline.export(folder, tmp_path / "m.gguf", quantizer="rtn", calibration="none", rotation="none",

@@ -74,25 +74,27 @@ def _hub_text(source: str, split: str) -> str:
     return "\n\n".join(parts)
 
 
-def sample_windows(ids, nsamples: int, seqlen: int, seed: int, bos: int | None = None) -> np.ndarray:
+def sample_windows(ids, nsamples: int, seqlen: int, seed: int, bos: int | None = None, *,
+                   more: int = 0) -> np.ndarray:
     """`nsamples` windows [nsamples, seqlen] (int64) at seeded random offsets of the token stream.
 
-    Windows do not overlap; with `bos` every window starts with that token. Raises InputError when
-    the text is too short for them.
+    `more` windows follow these, drawn after them: they change nothing about the first `nsamples`. Windows do
+    not overlap; with `bos` every window starts with that token. Raises InputError when the text is too short.
     """
     ids = np.asarray(ids, dtype=np.int64)
     body = seqlen - (bos is not None)
     slots = len(ids) // body if body > 0 else 0
     if nsamples < 1 or body < 1:
         raise InputError("calibration needs at least one sample of at least two tokens")
-    if slots < nsamples:
+    if slots < nsamples + more:
         raise InputError(f"the calibration text has {len(ids)} tokens, enough for {slots} windows of "
-                         f"{seqlen}; {nsamples} were asked for. Give a longer text, or lower --nsamples")
+                         f"{seqlen}; {nsamples + more} were asked for. Give a longer text, or lower --nsamples")
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(slots)[:nsamples])
+    drawn = rng.permutation(slots)
+    chosen = np.concatenate([np.sort(drawn[:nsamples]), np.sort(drawn[nsamples:nsamples + more])])
     windows = np.stack([ids[i * body:(i + 1) * body] for i in chosen])
     if bos is not None:
-        windows = np.concatenate([np.full((nsamples, 1), bos, dtype=np.int64), windows], axis=1)
+        windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)
     return windows
 
 

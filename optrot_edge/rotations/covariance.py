@@ -58,12 +58,12 @@ class Covariances:
         self.close()
 
 
-def check_tokens(tokens: int, width: int) -> None:
-    """InputError below one token per dimension of an input of `width`; a warning below 20."""
+def check_tokens(tokens: int, width: int, warn: bool = True) -> None:
+    """InputError below one token per dimension of an input of `width`; a warning below 20, if wanted."""
     if tokens < width:
         raise InputError(f"{tokens} calibration tokens cannot describe inputs of {width} dimensions; "
                          f"at least {width}, better {FEW_TOKENS * width} are needed: raise --nsamples")
-    if tokens < FEW_TOKENS * width:
+    if warn and tokens < FEW_TOKENS * width:
         # stacklevel: whoever called `collect`
         warnings.warn(f"{tokens} calibration tokens are few for inputs of {width} dimensions; "
                       f"{FEW_TOKENS * width} would be better (--nsamples)", stacklevel=3)

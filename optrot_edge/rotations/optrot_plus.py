@@ -9,6 +9,7 @@ scales by Adam (arXiv 1412.6980). The input covariances are collected once and t
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -159,12 +160,13 @@ class PlusLearner:
         return total
 
     def run(self, progress: Callable[[int, int, float], None] | None) -> list[list[float]]:
-        """All steps; returns [step, loss estimate] per step."""
-        curve = []
+        """All steps; returns [step, seconds, loss estimate before the step] per step."""
+        curve, started = [], time.perf_counter()
         for step in range(self.options.steps):
-            curve.append([step + 1, self.step(step / self.options.steps)])
+            seconds = round(time.perf_counter() - started, 2)
+            curve.append([step, seconds, self.step(step / self.options.steps)])
             if progress:
-                progress(step + 1, self.options.steps, curve[-1][1])
+                progress(step + 1, self.options.steps, curve[-1][-1])
         return curve
 
     def result(self, start: Rotation, recipe: dict) -> Rotation:
@@ -206,9 +208,9 @@ def learn_plus(source, start: Rotation, grid: GridSpec | str, covariances: Covar
     learner = PlusLearner(source, start, grid, covariances, sensitivity, options, generator, device)
     before = learner.losses()
     curve = learner.run(progress)
-    recipe = {**start.recipe, "grid": grid.name, "objective": options.objective, "steps": options.steps, "rows": options.rows,
-              "scales": options.scales, "damp": options.damp, "calibration_tokens": covariances.tokens,
-              "loss_curve": curve}
+    recipe = {**start.recipe, "grid": grid.name, "objective": options.objective, "steps": options.steps,
+              "rows": options.rows, "scales": options.scales, "damp": options.damp,
+              "calibration_tokens": covariances.tokens, "loss_curve": curve}
     rotation = learner.result(start, recipe)
     learner.r1 = None if rotation.r1 is None else rotation.r1.to(learner.device, torch.float32)
     learner.r2 = None if rotation.r2 is None else rotation.r2.to(learner.device, torch.float32)

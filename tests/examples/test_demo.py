@@ -16,7 +16,7 @@ def test_demo_writes_a_package_and_an_honest_report(tmp_path):
                           capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    package = tmp_path / "smollm2-135m-optrot-q4_0.gguf"
+    package = tmp_path / "smollm2-135m-q4_0.gguf"
     assert {path.name for path in tmp_path.iterdir()} == {package.name, "report.json"}
     assert package.stat().st_size == report["bytes"] <= report["bytes_source"]
     assert 0.01 < report["kl_mean"] < 0.12 and report["kl_mean"] < report["kl_p99"]

@@ -14,7 +14,7 @@ from tests.tiny_models import save_tiny
 
 
 def launch(command, processes=2):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"}  # no path is broken in two
     prefix = [sys.executable, "-m"]
     if processes > 1:
         prefix += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]

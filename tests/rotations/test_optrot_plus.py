@@ -16,11 +16,10 @@ from optrot_edge.rotations.sensitivity import output_sensitivity
 from tests.tiny_models import random_tokens, save_tiny
 
 
-def uneven_model(path, case):
-    """A tiny model whose channels differ in scale, as trained ones do: something to gain."""
+def make_uneven(folder):
+    """Let the channels of a saved tiny model differ in scale, as trained ones' do: something to gain."""
     from safetensors.torch import load_file, save_file
 
-    folder = save_tiny(path, case)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     generator = torch.Generator().manual_seed(3)
@@ -30,14 +29,14 @@ def uneven_model(path, case):
         elif name.endswith("down_proj.weight"):
             tensors[name] = tensor * torch.randn(tensor.shape[1], generator=generator).mul(0.5).exp()
     save_file(tensors, file, metadata={"format": "pt"})
-    return open_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """A model, its tokens, covariances and sensitivities."""
     folder = tmp_path_factory.mktemp("plus")
-    source = uneven_model(folder / "m", "llama3_rope")
+    source = open_model(make_uneven(save_tiny(folder / "m", "llama3_rope")))
     tokens = torch.randint(0, 512, (48, 64), generator=torch.Generator().manual_seed(1))
     covariances = collect(source, tokens, folder=folder)
     sensitivity = output_sensitivity(source, tokens[:8], covariances, "q4_0", torch.Generator().manual_seed(0))
@@ -155,3 +154,11 @@ def test_groups_must_divide_the_hidden_size(setting):
 def test_bad_options(options):
     with pytest.raises(InputError):
         OptRotPlusOptions(**options)
+
+
+def test_learning_curve_has_a_row_per_step(setting):
+    """[step, seconds, loss before it], as OptRot's, so that a report can draw either."""
+    rotation = learn(setting, steps=5, rows=None)
+    steps, seconds, losses = zip(*rotation.recipe["loss_curve"], strict=True)
+    assert steps == (0, 1, 2, 3, 4) and list(seconds) == sorted(seconds)
+    assert losses[0] == pytest.approx(rotation.recipe["loss_start"], rel=1e-4) and losses[-1] < losses[0]
