@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -256,6 +257,7 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with the codes of the module's docstring."""
     settings.update(debug=False, quiet=False, json=False)
+    warnings.showwarning = _show_warning
     try:
         code = app(arguments, standalone_mode=False)  # None, or typer's: 0 for --help, 130 for Ctrl-C
     except (KeyboardInterrupt, typer.Abort, EOFError):
@@ -273,6 +275,12 @@ def main(arguments: list[str] | None = None) -> None:
     if code == 130:
         _fail("interrupted; nothing half-written was left behind", 130)
     sys.exit(code or 0)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """One line on standard error, without the source line that raised it."""
+    if not settings["quiet"]:
+        Console(stderr=True).print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 def _fail(message: str, code: int) -> NoReturn:
