@@ -51,10 +51,9 @@ def candidates(source, recipe: Recipe, stored_bits: Callable[[Arm], float]) -> l
     which = [name for name in ("r1", "r2", "r3", "r4") if name in recipe.which]
     rest = [name for name in which if name != "r1"]
     arms = [Arm("none", "none", recipe.rotate)]
-    if "r1" not in which or source.config.tie_word_embeddings:
-        label = ", ".join([name.upper() for name in rest] + ["scales"] * recipe.scales)
-        if "r2" in rest or recipe.scales:  # something to learn
-            arms.append(Arm(f"OptRot+ ({label})", "optrot+", ",".join(rest)))
+    label = ", ".join([name.upper() for name in rest] + ["scales"] * recipe.scales)
+    if "r2" in rest or recipe.scales:  # something to learn; on asymmetric grids often better than with R1
+        arms.append(Arm(f"OptRot+ ({label})", "optrot+", ",".join(rest)))
     if "r1" in which:
         arms.append(Arm("OptRot", "optrot", recipe.rotate))
         label = ", ".join([name.upper() for name in which] + ["scales"] * recipe.scales)

@@ -169,7 +169,8 @@ def test_dry_run_of_quantize(files, tmp_path, capfd):
 
 @pytest.mark.parametrize(("case", "largest", "tried", "rotated"), [
     ("smollm2", "OptRot+ (R2, scales)", ["none", "OptRot+ (R2, scales)"], ["r2"]),
-    ("llama", "OptRot+ (R1, R2, scales)", ["none", "OptRot", "OptRot+ (R1, R2, scales)"], ["r1", "r2"])])
+    ("llama", "OptRot+ (R1, R2, scales)",
+     ["none", "OptRot+ (R2, scales)", "OptRot", "OptRot+ (R1, R2, scales)"], ["r1", "r2"])])
 def test_dry_run_of_auto_says_that_it_decides_later(case, largest, tried, rotated, tmp_path, capfd):
     """Sizes are those of the largest arm that is tried; the time is that of all."""
     model = save_model(tmp_path / "model", case)
