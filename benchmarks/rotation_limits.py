@@ -11,7 +11,8 @@ basis and scales. Printed per input, as medians over the layers:
 * `bound`: its smallest value over *every* R1 and every channel scale chosen for this one input alone,
   `d · (det WᵀW · det H)^(1/d)` (Hadamard's inequality and that of the means), to native: no rotation, shared
   or not, gets below;
-* `scales`: with the best channel scales alone, `Σ_j E_j D_j`, to native.
+* `scales`: with the best channel scales alone, `Σ_j E_j D_j`, to native;
+* `κ`: error of the grid on Gaussian weights to that on the native weights, unweighted.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from rotations import Bench, save
+from rotations import GRIDS, Bench, save
 
 from optrot_edge.models import open_model
+from optrot_edge.quantize.grids import Grid
 from optrot_edge.rotations.covariance import INPUTS, collect
 from optrot_edge.rotations.grid_loss import column_cost
 from optrot_edge.rotations.hadamard import random_hadamard
@@ -54,7 +56,19 @@ def limits(layer: dict, stored: dict, kind: str, rotation: torch.Tensor) -> dict
         damped = h + DAMP * h.diagonal().mean() * torch.eye(width, dtype=h.dtype)
         dets = torch.linalg.slogdet(weight.T @ weight)[1] + torch.linalg.slogdet(damped)[1]
         found |= {"hadamard": blocked(folded, turned) / native, "bound": width * float((dets / width).exp()) / native}
+    for name in GRIDS:
+        grid = Grid(name)
+        if weight.shape[1] % grid.spec.group_size == 0:
+            gauss = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            found[f"κ {name}"] = relative_error(grid, gauss) / relative_error(grid, weight.float())
     return found
+
+
+def relative_error(grid: Grid, weight: torch.Tensor) -> float:
+    """Squared error of rounding to fitted grids, to the energy."""
+    params = grid.fit(weight)
+    error = grid.decode(grid.round(weight, params), params) - weight
+    return float(error.square().sum() / weight.square().sum())
 
 
 def main() -> None:
