@@ -54,7 +54,7 @@ def test_in_llama_cpp(case, model, tmp_path, text):
     assert (checkpoint.weights("layers.0.attn_norm.weight") != 1).all()  # the gains are there, not folded away
     largest, typical = spread(llama_logits(tmp_path / "m.gguf", tokens[0].numpy()),
                               decoded_logits(tmp_path / "c", tokens))
-    assert typical < 0.03 and largest < 0.2
+    assert typical < 0.06 and largest < 0.5  # llama.cpp rounds what it multiplies to 8 bits per block, too
     largest, typical = spread(decoded_logits(tmp_path / "c", tokens), original_logits(model(case), tokens))
     assert typical < 0.05 and largest < 0.3  # 8 bits: what is left of the original
     assert "auto" not in summary
@@ -87,7 +87,7 @@ def test_a_saved_rotation_is_reused(which, scales, applied, model, tmp_path, tex
     pipeline.export(tmp_path / "reused", tmp_path / "m.gguf")
     largest, typical = spread(llama_logits(tmp_path / "m.gguf", tokens[0].numpy()),
                               decoded_logits(tmp_path / "reused", tokens))
-    assert typical < 0.03 and largest < 0.2
+    assert typical < 0.06 and largest < 0.5  # llama.cpp rounds what it multiplies to 8 bits per block, too
 
 
 @FEW

@@ -72,9 +72,8 @@ def _draw_learning(figure, recipe: dict) -> None:
     panels = _learning(recipe)
     for name, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         if name == "loss_curve":
-            steps, seconds, losses = zip(*recipe[name], strict=True)
-            axes.plot(steps, losses, **AFTER)
-            axes.set_title(f"Learning curve, all layers ({seconds[-1]:.0f} s)")
+            axes.plot(recipe[name], **AFTER)
+            axes.set_title("Learning curve, all layers")
             axes.set_xlabel("step")
         else:
             axes.plot(recipe["layer_loss_start"], **BEFORE, label="start of learning")

@@ -31,7 +31,7 @@ class LossForm:
     objective: str = "grid"
 
     def __call__(self, weight, row_weights, cost):
-        """Loss and its gradients with respect to `weight` and `cost`."""
+        """Loss and its gradients with respect to `weight`, `cost` and `row_weights`."""
         if self.objective == "plain":
             return plain_loss(weight, row_weights, cost)
         return block_loss(weight, row_weights, cost, self.group_size, affine=self.affine)
@@ -57,8 +57,15 @@ class LayerGradient:
     log_scales: dict[str, torch.Tensor] = field(default_factory=lambda: defaultdict(float))
 
 
+def turned_diagonal(matrix: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+    """The diagonal of `RᵀMR` (batched); of M without a rotation."""
+    if rotation is None:
+        return matrix.diagonal(dim1=-2, dim2=-1)
+    return (rotation * (matrix @ rotation)).sum(-2)
+
+
 class LayerProblem:
-    """One layer's weights, covariances {"attn", "o", "mlp"} and D of down's input, and row weights."""
+    """One layer's weights, covariances {"attn", "o", "mlp"}, C of down's input, and `output_sensitivity`."""
 
     def __init__(self, layer: Layer, covariances: dict, down_cost: torch.Tensor, sensitivity: dict,
                  config: ModelConfig, form: LossForm, r4_block: int | None = None):
@@ -115,7 +122,7 @@ class LayerProblem:
         gain = self._gain(norm, at)
         y = (x if at.r1 is None else x @ at.r1) / gain
         costs, h = self.column_costs(norm, at)
-        loss, dy, along = self.form(y, weights, costs.cost.to(y))
+        loss, dy, along, per_row = self.form(y, weights, costs.cost.to(y))
         out.losses[NORM_INPUT[norm]] = float(loss)
         dh = costs.gradient(along).to(y)
         if norm in at.log_scales:
@@ -129,6 +136,7 @@ class LayerProblem:
         if norm == "attn_norm" and at.r2 is not None:
             kv, dim = self.config.num_key_value_heads, self.config.head_dim
             out.r2 += self.values.view(kv, dim, -1) @ dy[-kv * dim:].view(kv, dim, -1).mT
+            out.r2 += 2 * self.sensitivity["v_proj"] @ (at.r2 * per_row[-kv * dim:].view(kv, 1, dim))
 
     def _reader_rows(self, norm, at, rows, generator):
         """Folded rows [n, hidden] that R1 multiplies and their weights [n]; v's come last, all of them."""
@@ -141,17 +149,19 @@ class LayerProblem:
         if norm == "attn_norm":
             kv, dim = self.config.num_key_value_heads, self.config.head_dim
             values = self.values
-            importance = self.sensitivity["v_proj"]
-            if at.r2 is not None:  # rotated rows share what the head's rows cost
+            if at.r2 is not None:
                 values = (at.r2.mT @ values.view(kv, dim, -1)).flatten(0, 1)
-                importance = importance.view(kv, dim).mean(1).repeat_interleave(dim)
+            importance = turned_diagonal(self.sensitivity["v_proj"], at.r2).flatten()
             x, weights = torch.cat([x, values]), torch.cat([weights, importance])
         return x, weights
 
-    def _writer_weights(self, name: str, at: LayerVariables, count: int) -> torch.Tensor:
-        """Row weights of o and down; R1 mixes the rows, which then share the mean."""
-        weights = self.sensitivity[name]
-        return weights if at.r1 is None else weights.mean().expand(count)
+    def _writer(self, name: str, y: torch.Tensor, cost: torch.Tensor, at: LayerVariables, out: LayerGradient):
+        """Loss of o or down and its gradients by `y` and `cost`; what it owes to R1 by its row weights, into `out`."""
+        sensitivity = self.sensitivity[name]
+        loss, dy, along, per_row = self.form(y, turned_diagonal(sensitivity, at.r1), cost)
+        if at.r1 is not None:
+            out.r1 += 2 * sensitivity @ (at.r1 * per_row)
+        return loss, dy, along
 
     def _attention_output(self, at: LayerVariables, out: LayerGradient) -> None:
         weight, h = self.layer["o_proj.weight"], self.covariances["o"]
@@ -170,7 +180,7 @@ class LayerProblem:
             scale = per_head.repeat_interleave(groups, dim=0).flatten()
             y, h = y / scale, scale[:, None] * h * scale
         costs = column_cost(h.double(), self.form.damp)
-        loss, dy, along = self.form(y, self._writer_weights("o_proj", at, len(y)), costs.cost.to(y))
+        loss, dy, along = self._writer("o_proj", y, costs.cost.to(y), at, out)
         out.losses["o"] = float(loss)
         dh = costs.gradient(along).to(y)
         if "value" in at.log_scales:
@@ -201,7 +211,7 @@ class LayerProblem:
         y = weight if at.r1 is None else at.r1.T @ weight
         if scale is not None:
             y, cost = y / scale, cost * scale.square()
-        loss, dy, along = self.form(y, self._writer_weights("down_proj", at, len(y)), cost)
+        loss, dy, along = self._writer("down_proj", y, cost, at, out)
         out.losses["down"] = float(loss)
         if scale is not None:
             gradient = 2 * cost * along - (dy * y).sum(0)

@@ -21,11 +21,11 @@ from optrot_edge.kernels.fourth_power import fourth_power
 from optrot_edge.rotations.distributed import World, spare_memory
 from optrot_edge.rotations.objective import MATRICES, LayerRows, fourth_powers, value_gradient, value_problems
 from optrot_edge.rotations.options import OptRotOptions
-from optrot_edge.rotations.rotation import ORTHOGONALITY, Rotation, orthogonality_error, polar
+from optrot_edge.rotations.rotation import Rotation, projected
 from optrot_edge.rotations.sampling import RowSampler, systematic_sample
 from optrot_edge.rotations.solvers import MOMENTUM, Descent
 
-PASS_STEPS = 5  # 1 costs a product of all v and o with R1 per step, 10 gives away 1 % of the fall in loss
+PASS_STEPS = 5  # 1 costs a product of all v and o with R1 per step; the more, the staler R1 and R2 to each other
 POOL = 2**31  # bytes of rows held for the steps between two passes
 CHUNK = 2**29  # bytes of layers whose R2 problems are solved in one batch
 
@@ -222,8 +222,6 @@ class Learner:
         for name, matrix in learned.items():
             if matrix is None:
                 continue
-            learned[name] = polar(matrix.cpu())
-            if not orthogonality_error(learned[name]) <= ORTHOGONALITY:
-                raise RuntimeError(f"{name} is not orthogonal after the polar projection")
+            learned[name] = projected(matrix)
             getattr(self, name).matrix = learned[name].to(self.device, torch.float32)
         return learned

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -44,8 +43,8 @@ def learn(source, start: Rotation, options: OptRotOptions, generator: torch.Gene
     of largest loss at `start` for the whole run. `progress(done, total)` is called after every pass.
     Under torchrun every process must call this with the same arguments; all return the same rotation. Its
     recipe holds the total and per-layer losses of all matrices before and after (exact), the objective's
-    (`objective_loss`), and `loss_curve`: [step, seconds, loss before the step], estimated from the rows it took
-    (of v and o alone when R2 is learned alone).
+    (`objective_loss`), and `loss_curve`: the loss before each step, estimated from the rows it took (of v and o
+    alone when R2 is learned alone).
     Raises RuntimeError if a projected rotation is not orthogonal to 1e-12.
     """
     learner = Learner(source, start, options, generator, device)
@@ -55,10 +54,9 @@ def learn(source, start: Rotation, options: OptRotOptions, generator: torch.Gene
         learner.choose(before, TOP)
         counted = torch.tensor([[float(name in learner.chosen[index]) for name in MATRICES]
                                 for index in range(len(before))], dtype=before.dtype)
-    curve, started = [], time.perf_counter()
+    curve = []
     for done, losses in learner.passes():
-        seconds = round(time.perf_counter() - started, 3)
-        curve += [[step, seconds, loss] for step, loss in enumerate(losses, len(curve))]
+        curve += losses
         if progress:
             progress(done, options.steps)
     learned = learner.finish()

@@ -9,7 +9,6 @@ scales by Adam (arXiv 1412.6980). The input covariances are collected once and t
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,11 +16,13 @@ import torch
 
 from optrot_edge.checkpoint import GridSpec, grid_spec
 from optrot_edge.errors import InputError
-from optrot_edge.rotations.covariance import Covariances
+from optrot_edge.kernels.hadamard import block_hadamard
+from optrot_edge.rotations.covariance import Covariances, both_sides
 from optrot_edge.rotations.fuse import READS
 from optrot_edge.rotations.grid_loss import column_cost
 from optrot_edge.rotations.layer_loss import LayerProblem, LayerVariables, LossForm
-from optrot_edge.rotations.rotation import ORTHOGONALITY, Rotation, orthogonality_error, polar, scale_widths
+from optrot_edge.rotations.layer_store import LayerStore
+from optrot_edge.rotations.rotation import Rotation, projected, scale_widths
 from optrot_edge.rotations.solvers import MOMENTUM, polar_step
 
 CACHE_BYTES = 2**31  # decoder weights (twice: as read and folded) kept in memory up to this size
@@ -50,27 +51,11 @@ class OptRotPlusOptions:
             raise InputError("OptRot+ needs at least one step and one row")
 
 
-class _Adam:
-    """Adam for one layer's log scales; moments per entry, steps counted per layer."""
-
-    def __init__(self, like: torch.Tensor):
-        self.first, self.second, self.count = torch.zeros_like(like), torch.zeros_like(like), 0
-
-    def step(self, value: torch.Tensor, gradient: torch.Tensor, size: float) -> None:
-        """Update `value` in place."""
-        self.count += 1
-        self.first.lerp_(gradient, 0.1)
-        self.second.lerp_(gradient.square(), 0.01)
-        mean = self.first / (1 - 0.9**self.count)
-        spread = (self.second / (1 - 0.99**self.count)).sqrt()
-        value.sub_(size * mean / spread.clamp_min(1e-30))
-
-
 class PlusLearner:
     """State of one OptRot+ run; see `learn_plus`."""
 
     def __init__(self, source, start: Rotation, grid: GridSpec, covariances: Covariances,
-                 sensitivity: list[dict], options: OptRotPlusOptions, generator, device: str):
+                 sensitivity: LayerStore, options: OptRotPlusOptions, generator, device: str):
         self.source, self.config, self.options = source, source.config, options
         self.covariances, self.sensitivity = covariances, sensitivity
         self.generator, self.device, self.r4_block = generator, device, start.r4_block
@@ -84,7 +69,9 @@ class PlusLearner:
         weights = sum(p.numel() for p in source.layer(0).values())
         self.keeps = 8 * weights * self.config.num_hidden_layers <= CACHE_BYTES
         self.kept: dict[int, LayerProblem] = {}
-        self.adam: dict[tuple[str, int], _Adam] = {}
+        self.adam = None
+        if self.log_scales:
+            self.adam = torch.optim.Adam(self.log_scales.values(), lr=options.scale_step, betas=(0.9, 0.99), eps=1e-30)
         self.down_cost = [self._down_cost(index) for index in range(self.config.num_hidden_layers)]
 
     def _start_scales(self, start: Rotation) -> dict[str, torch.Tensor]:
@@ -92,25 +79,22 @@ class PlusLearner:
         names = scale_widths(self.config) if self.options.scales else ()
         if self.r4_block:  # behind R4 a scale no longer belongs to one column of down
             names = [name for name in names if name != "up"]
-        out = {}
-        for name in names:
-            if name in start.scales:
-                out[name] = start.scales[name].log()
-            elif name in READS and self.native:
-                gains = [self.source.layer(i)[f"{name}.weight"].double().abs()
-                         for i in range(self.config.num_hidden_layers)]
-                out[name] = torch.stack([g.clamp_min(SMALLEST_GAIN * g.mean()) for g in gains]).log()
-            else:
-                out[name] = torch.zeros(self.config.num_hidden_layers, scale_widths(self.config)[name])
+        widths, layers = scale_widths(self.config), self.config.num_hidden_layers
+        out = {name: start.scales[name].log() if name in start.scales else torch.zeros(layers, widths[name])
+               for name in names}
+        native = [name for name in names if name in READS and self.native and name not in start.scales]
+        for index in range(layers if native else 0):
+            layer = self.source.layer(index)
+            for name in native:
+                gain = layer[f"{name}.weight"].float().abs()
+                out[name][index] = gain.clamp_min(SMALLEST_GAIN * gain.mean()).log()
         return {name: value.to(self.device, torch.float32) for name, value in out.items()}
 
     def _down_cost(self, index: int) -> torch.Tensor:
-        """D of what down_proj reads; only its scales change it, by their squares."""
+        """C of what down_proj reads. Only its scales change it, nearly by their squares (exactly without damping)."""
         h = self.covariances.layer(index, self.device)["down"]
         if self.r4_block:
-            from optrot_edge.kernels.hadamard import block_hadamard
-
-            h = block_hadamard(block_hadamard(h, self.r4_block).T, self.r4_block)
+            h = both_sides(h, lambda h: block_hadamard(h, self.r4_block))
         return column_cost(h, self.options.damp).cost.float()
 
     def problem(self, index: int) -> LayerProblem:
@@ -125,7 +109,7 @@ class PlusLearner:
     def _read(self, index: int) -> LayerProblem:
         layer = {k: v.to(self.device) for k, v in self.source.layer(index, torch.float32).items()}
         stored = self.covariances.layer(index, self.device, torch.float32)
-        sensitivity = {k: v.to(self.device, torch.float32) for k, v in self.sensitivity[index].items()}
+        sensitivity = self.sensitivity.layer(index, self.device, torch.float32)
         return LayerProblem(layer, stored, self.down_cost[index], sensitivity, self.config, self.form,
                             self.r4_block)
 
@@ -142,6 +126,7 @@ class PlusLearner:
         """One step on every layer; `progress` in [0, 1) shortens it along a cosine. Returns the loss."""
         shrink = 0.5 * (1 + math.cos(math.pi * progress))
         total, gradient = 0.0, None if self.r1 is None else torch.zeros_like(self.r1)
+        slopes = {name: torch.zeros_like(value) for name, value in self.log_scales.items()}
         for index in range(self.config.num_hidden_layers):
             at = self.variables(index)
             found = self.problem(index).evaluate(at, self.options.rows, self.generator)
@@ -151,34 +136,32 @@ class PlusLearner:
             if self.r2 is not None:
                 self.r2[index] = polar_step(self.r2[index], found.r2, self.options.r2_step * shrink,
                                             self.momentum["r2"][index], MOMENTUM["r2"])
-            for name, g in found.log_scales.items():
-                adam = self.adam.setdefault((name, index), _Adam(g))
-                adam.step(self.log_scales[name][index], g, self.options.scale_step * shrink)
+            for name, value in found.log_scales.items():
+                slopes[name][index] = value
         if gradient is not None:
             top = self.options.r1_step or (0.02 if self.native else 0.1)
             self.r1 = polar_step(self.r1, gradient, top * shrink, self.momentum["r1"], MOMENTUM["r1"])
+        if self.adam is not None:
+            for name, value in self.log_scales.items():
+                value.grad = slopes[name]
+            self.adam.param_groups[0]["lr"] = self.options.scale_step * shrink
+            self.adam.step()
         return total
 
-    def run(self, progress: Callable[[int, int, float], None] | None) -> list[list[float]]:
-        """All steps; returns [step, seconds, loss estimate before the step] per step."""
-        curve, started = [], time.perf_counter()
+    def run(self, progress: Callable[[int, int, float], None] | None) -> list[float]:
+        """All steps; returns the estimated loss before each."""
+        losses = []
         for step in range(self.options.steps):
-            seconds = round(time.perf_counter() - started, 2)
-            curve.append([step, seconds, self.step(step / self.options.steps)])
+            losses.append(self.step(step / self.options.steps))
             if progress:
-                progress(step + 1, self.options.steps, curve[-1][-1])
-        return curve
+                progress(step + 1, self.options.steps, losses[-1])
+        return losses
 
     def result(self, start: Rotation, recipe: dict) -> Rotation:
         """The learned rotation: float64, R1 and R2 projected, scales exponentiated."""
-        learned = {}
-        for name in ("r1", "r2"):
-            matrix = getattr(self, name)
-            learned[name] = None if matrix is None else polar(matrix.cpu())
-            if matrix is not None and not orthogonality_error(learned[name]) <= ORTHOGONALITY:
-                raise RuntimeError(f"{name} is not orthogonal after the polar projection")
+        r1, r2 = (None if matrix is None else projected(matrix) for matrix in (self.r1, self.r2))
         scales = {name: value.cpu().double().exp() for name, value in self.log_scales.items()}
-        return Rotation("optrot+", learned["r1"], learned["r2"], start.r3_block, start.r4_block, recipe, scales)
+        return Rotation("optrot+", r1, r2, start.r3_block, start.r4_block, recipe, scales)
 
 
 def native_start(config, which: set[str], *, r3_block=None, r4_block=None) -> Rotation:
@@ -193,7 +176,7 @@ def native_start(config, which: set[str], *, r3_block=None, r4_block=None) -> Ro
 
 
 @torch.no_grad()
-def learn_plus(source, start: Rotation, grid: GridSpec | str, covariances: Covariances, sensitivity: list[dict],
+def learn_plus(source, start: Rotation, grid: GridSpec | str, covariances: Covariances, sensitivity: LayerStore,
                options: OptRotPlusOptions, generator: torch.Generator, *, device: str = "cpu",
                progress: Callable[[int, int, float], None] | None = None) -> Rotation:
     """OptRot+ from `start` for a body stored on `grid`; `sensitivity` as `output_sensitivity` returns it.

@@ -28,6 +28,14 @@ def orthogonality_error(matrix: torch.Tensor) -> float:
     return float((matrix.double().mT @ matrix.double() - eye).abs().max())
 
 
+def projected(matrix: torch.Tensor) -> torch.Tensor:
+    """A learned rotation (batched), orthogonal in float64, on the CPU; RuntimeError if it cannot be."""
+    out = polar(matrix.cpu())
+    if not (error := orthogonality_error(out)) <= ORTHOGONALITY:
+        raise RuntimeError(f"a learned rotation is not orthogonal when projected: max |RᵀR - I| = {error:.1e}")
+    return out
+
+
 def scale_widths(config: ModelConfig) -> dict[str, int]:
     """Channels of each kind of scale (see Rotation)."""
     return {"attn_norm": config.hidden_size, "mlp_norm": config.hidden_size,

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from optrot_edge.quantize.gptq import prepare_hessian
+from optrot_edge.quantize.gptq import gptq, prepare_hessian
+from optrot_edge.quantize.grids import Grid
 from optrot_edge.rotations import layer_loss
 from optrot_edge.rotations.fuse import READS
 from optrot_edge.rotations.grid_loss import block_loss, column_cost, plain_loss
@@ -41,6 +42,8 @@ def problem(generator, form, r4_block=None):
     covariances = {"attn": covariance(HIDDEN, generator), "mlp": covariance(HIDDEN, generator),
                    "o": covariance(HEADS * DIM, generator)}
     sensitivity = {name: draw(shape[0]).abs() + 0.2 for name, shape in SHAPES.items()}
+    sensitivity |= {"o_proj": covariance(HIDDEN, generator), "down_proj": covariance(HIDDEN, generator),
+                    "v_proj": torch.stack([covariance(DIM, generator) for _ in range(KV)])}
     return LayerProblem(layer, covariances, draw(FF).abs() + 0.1, sensitivity, CONFIG, form, r4_block)
 
 
@@ -52,11 +55,13 @@ def point(generator, r1=True, r2=True):
 
 
 def differentiable_cost(hessian, damp):
-    """`column_cost` as GPTQ computes it, written so that autograd can follow."""
+    """The diagonal of (I+U)⁻¹ H (I+U)⁻ᵀ by way of H's inverse, as GPTQ goes, written so that autograd can follow."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    h = hessian[order][:, order] + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
-    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    cost = torch.zeros_like(h[0]).scatter(0, order, upper.diagonal() ** -2)
+    h = hessian[order][:, order]
+    damped = h + damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    inverse = inverse / inverse.diagonal()[:, None]
+    cost = torch.zeros_like(h[0]).scatter(0, order, (inverse @ h @ inverse.T).diagonal())
     return SimpleNamespace(cost=cost, gradient=lambda weights: torch.zeros_like(hessian))
 
 
@@ -89,9 +94,22 @@ def test_gradients_equal_autograd(generator, monkeypatch, objective, affine, r1,
             torch.testing.assert_close(mine, variable.grad, rtol=1e-10, atol=1e-12 * float(variable.grad.abs().max()))
 
 
-def test_column_cost_is_that_of_gptq(generator):
+def test_undamped_column_cost_is_that_of_gptq(generator):
     h = covariance(24, generator)
-    torch.testing.assert_close(column_cost(h, 0.1).cost, prepare_hessian(h, damp=0.1).column_cost, rtol=1e-10, atol=0)
+    torch.testing.assert_close(column_cost(h, 0).cost, prepare_hessian(h, damp=0).column_cost, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.5])
+def test_column_cost_predicts_what_gptq_leaves(generator, damp):
+    """On the covariance as it is; D of the damped one would count the damping as loss."""
+    h, weight = covariance(64, generator), torch.randn(2000, 64, dtype=torch.float64, generator=generator)
+    grid, prepared = Grid("q8_0"), prepare_hessian(h, damp=damp)
+    params = grid.fit(weight, h.diagonal())
+    error = grid.decode(gptq(weight, prepared, grid, params), params) - weight
+    noise = (params.scales.double().repeat_interleave(32, dim=1).square() / 12).sum(0)
+    left = float(((error @ h) * error).sum())
+    assert left == pytest.approx(float(noise @ column_cost(h, damp).cost), rel=0.12)
+    assert left < (1 - damp / 2) * float(noise @ prepared.column_cost)
 
 
 def test_drawn_rows_and_columns_are_unbiased(generator):

@@ -161,7 +161,7 @@ def test_a_panel_row_for_everything_there_is(measured, tmp_path):
     """Learning curves and the inputs' quantities each make the figure taller."""
     source, rotation, rows = measured
     bare = measure(source, rotation, None)
-    learned = {"loss_curve": [[0, 0.0, 9.0], [5, 1.5, 7.0]], "layer_loss_start": [5.0, 4.0], "layer_loss": [4.0, 3.0]}
+    learned = {"loss_curve": [9.0, 8.0, 7.0], "layer_loss_start": [5.0, 4.0], "layer_loss": [4.0, 3.0]}
     heights = []
     for report in (about(bare, calibration=None), about(rows), about(rows, recipe=learned)):
         assert write_report(tmp_path / "r.safetensors", report)["figure"] == "r.png"
@@ -189,11 +189,11 @@ def test_curves_carry_the_reports_numbers(measured):
             expected = ([[1, 1], [row[key] for row in of]] if key == "tr_d_ratio"
                         else [[row[when][key] for row in of] for when in ("before", "after")])
             assert drawn == expected, (key, name)
-    recipe = {"loss_curve": [[0, 0.0, 9.0], [5, 1.5, 7.0]], "layer_loss_start": [5.0, 4.0], "layer_loss": [4.0, 3.0]}
+    recipe = {"loss_curve": [9.0, 8.0, 7.0], "layer_loss_start": [5.0, 4.0], "layer_loss": [4.0, 3.0]}
     curves = Figure()
     _draw_learning(curves, recipe)
     drawn = [[list(line.get_ydata()) for line in axes.get_lines()] for axes in curves.axes]
-    assert drawn == [[[9.0, 7.0]], [[5.0, 4.0], [4.0, 3.0]]]
+    assert drawn == [[[9.0, 8.0, 7.0]], [[5.0, 4.0], [4.0, 3.0]]]
 
 
 def test_without_matplotlib_the_report_says_so(measured, tmp_path, monkeypatch):
