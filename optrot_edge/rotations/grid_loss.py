@@ -99,12 +99,12 @@ class ColumnCost:
 
         With A = (I+U)⁻¹, w the weights and λ the damping, C_j = D_j − λ(AAᵀ)_jj; D contributes AᵀdiagwA, and
         AAᵀ, which H moves through U, `Aᵀ(X + Xᵀ)A` with X_ij = −(AAᵀ)_ij w_i / D_j for i < j, else 0.
-        λ follows the mean of H's diagonal.
+        λ follows the mean of H's diagonal. Computed in the dtype of `weights`.
         """
-        a, w = self.inverse, weights.to(self.inverse)[self.order]
+        a, w = self.inverse.to(weights), weights[self.order]
         gram = a @ a.T
-        inner = (w[:, None] * gram / self.pivots).triu(1)
-        inner = self.added * (inner + inner.T)
+        inner = (w[:, None] * gram / self.pivots.to(w)).triu(1)
+        inner = self.added.to(w) * (inner + inner.T)
         inner.diagonal().add_(w)
         inner = a.T @ inner @ a
         back = self.order.argsort()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from optrot_edge.device import widest_float
 from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
@@ -108,7 +109,7 @@ class LayerProblem:
             h = at.r1.T @ h @ at.r1
         s = self._gain(norm, at)
         h = s[:, None] * h * s
-        return column_cost(h.double(), self.form.damp), h
+        return column_cost(h.to(widest_float(h.device)), self.form.damp), h
 
     def _gain(self, norm: str, at: LayerVariables) -> torch.Tensor:
         """The norm's gain after the change."""
@@ -179,7 +180,7 @@ class LayerProblem:
             per_head = at.log_scales["value"].exp().view(-1, dim)
             scale = per_head.repeat_interleave(groups, dim=0).flatten()
             y, h = y / scale, scale[:, None] * h * scale
-        costs = column_cost(h.double(), self.form.damp)
+        costs = column_cost(h.to(widest_float(h.device)), self.form.damp)
         loss, dy, along = self._writer("o_proj", y, costs.cost.to(y), at, out)
         out.losses["o"] = float(loss)
         dh = costs.gradient(along).to(y)
