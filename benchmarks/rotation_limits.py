@@ -2,7 +2,7 @@
 
     python benchmarks/rotation_limits.py --text wiki.test.raw
 
-With column costs D (of H, the input's covariance, damped as GPTQ damps it) and column energies E of a weight
+With column costs D (of H, the input's covariance, all but undamped) and column energies E of a weight
 stack, the loss to expect on a block grid is `κ Σ_blocks (Σ_j E_j / b)(Σ_j D_j)`: κ is the grid's error for the
 shape of the weights inside a block (κ of Gaussian weights is what a dense rotation gives), the rest follows from
 basis and scales. Printed per input, as medians over the layers:
@@ -33,7 +33,7 @@ from optrot_edge.rotations.covariance import INPUTS, collect
 from optrot_edge.rotations.grid_loss import column_cost
 from optrot_edge.rotations.hadamard import random_hadamard
 
-BLOCK, DAMP = 32, 0.1
+BLOCK, DAMP = 32, 1e-3
 
 
 def blocked(energy: torch.Tensor, cost: torch.Tensor) -> float:

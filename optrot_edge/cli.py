@@ -45,8 +45,7 @@ Rotate = Annotated[str, typer.Option(help="Which rotations are allowed: a list o
 Scales = Annotated[bool, typer.Option(help="OptRot+ learns norm gains and channel scales too.")]
 PlusObjective = Annotated[str, typer.Option(help="OptRot+ objective: grid (steps of the stored grid) or plain.")]
 PlusStart = Annotated[str, typer.Option(help="OptRot+ starts from: native (the model as it is) or hadamard.")]
-PlusSteps = Annotated[int | None, typer.Option(help="OptRot+ steps, each over all layers (default: 60 with R1, "
-                                                        "30 without).")]
+PlusSteps = Annotated[int, typer.Option(help="OptRot+ steps, each over all layers.")]
 R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4 (a power of two).")]
 Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
 Objective = Annotated[str, typer.Option(help="OptRot objective: all matrices, or top-50 (those of largest loss).")]
@@ -99,7 +98,7 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
            optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
            optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
-           plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = None,
+           plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
            quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
            seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
            device: Device = "auto",
@@ -126,7 +125,7 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
              rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
              optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
              optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
-             plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = None,
+             plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
              quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
              seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
              device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False,
@@ -149,7 +148,7 @@ def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation fi
            rotation: Rotation = "optrot", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
            optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
            optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
-           plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = None,
+           plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
            calibration: ReportText = "builtin", nsamples: Nsamples = 128, seqlen: Seqlen = 256, mu_h: MuH = True,
            damp: Damp = 0.1, type: Type = "q4_0", seed: Seed = 0, device: Device = "auto",
            overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):

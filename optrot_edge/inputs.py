@@ -54,7 +54,7 @@ class CalibrationInputs:
     """Tokens and statistics of one model and recipe, each computed when first asked for.
 
     `held_out` windows are drawn besides the recipe's `nsamples`, which stay the same, and never calibrated on.
-    Statistics are kept in `folder` until `close`, or the end of a `with` block; `covariances` collected before,
+    Covariances are kept in `folder` until `close`, or the end of a `with` block; `covariances` collected before,
     on the same tokens, are used and left alone.
     Raises InputError as `calibration_windows` and `collect` do.
     """
@@ -77,8 +77,6 @@ class CalibrationInputs:
         if self._covariances is not None and not self._borrowed:
             self._covariances.close()
             self._covariances = None
-        if (found := self.__dict__.pop("sensitivity", None)) is not None:
-            found.close()
 
     @functools.cached_property
     def _windows(self):
@@ -114,7 +112,7 @@ class CalibrationInputs:
         return self._covariances
 
     @functools.cached_property
-    def sensitivity(self):
+    def sensitivity(self) -> list[dict]:
         """Output sensitivities of the float model, see `optrot_edge.rotations.sensitivity`."""
         import torch
 
@@ -124,5 +122,5 @@ class CalibrationInputs:
         chosen = self.tokens[torch.linspace(0, len(self.tokens) - 1, count).long()]
         return output_sensitivity(self.source, chosen, self.covariances, self.recipe.type,
                                   torch.Generator().manual_seed(self.recipe.seed), damp=self.recipe.damp,
-                                  device=self.device, folder=self.folder,
+                                  device=self.device,
                                   progress=lambda done, total: self.progress("sensitivity", done, total, ""))

@@ -182,13 +182,12 @@ def _plus_effort(config, recipe, body: int) -> tuple[int, int]:
     from optrot_edge.rotations.optrot_plus import CACHE_BYTES, OptRotPlusOptions
 
     hidden, ff, q_rows = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
-    options = OptRotPlusOptions(steps=recipe.plus_steps)
-    rows = options.rows + config.num_key_value_heads * config.head_dim
+    rows = OptRotPlusOptions().rows + config.num_key_value_heads * config.head_dim
     step = 24 * hidden**3 + 12 * q_rows**3  # factors of the inputs' covariances in float64, and their gradients
     if "r1" in recipe.which:
         step += 16 * hidden**3 + 6 * hidden**2 * (q_rows + 3 * rows)
     layers = config.num_hidden_layers
-    return layers * ((options.steps_taken("r1" in recipe.which) + 2) * step + ff**3), min(8 * body, CACHE_BYTES) + 16 * hidden**2 * layers
+    return layers * ((recipe.plus_steps + 2) * step + ff**3), min(8 * body, CACHE_BYTES) + 16 * hidden**2 * layers
 
 
 def _statistics_flops(config, recipe) -> int:

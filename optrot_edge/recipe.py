@@ -20,8 +20,7 @@ class Recipe:
     means the body's, `head_type` None means q8_0 (a tied matrix takes the head's type). `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
-    The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own, also
-    for `plus_steps`.
+    The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
@@ -40,7 +39,7 @@ class Recipe:
     optrot_target: float | None = None
     plus_objective: str = "grid"
     plus_start: str = "native"
-    plus_steps: int | None = None
+    plus_steps: int = 30
     quantizer: str = "gptq"
     calibration: str = "builtin"
     nsamples: int = 128
@@ -105,5 +104,5 @@ class Recipe:
             raise InputError(f"--plus-objective {self.plus_objective}: use grid or plain")
         if self.plus_start not in ("native", "hadamard"):
             raise InputError(f"--plus-start {self.plus_start}: use native or hadamard")
-        if self.plus_steps is not None and self.plus_steps < 1:
+        if self.plus_steps < 1:
             raise InputError("--plus-steps must be at least 1")

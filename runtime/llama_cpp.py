@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +74,8 @@ class LlamaCppBackend:
         self.close()
 
     def __del__(self):
-        self.close()
+        if not sys.is_finalizing():  # at exit the library may be gone before this object
+            self.close()
 
     def close(self) -> None:
         """Free the model; safe to call twice."""

@@ -34,3 +34,11 @@ def files(tmp_path_factory):
     from tests.cli_runner import make_files
 
     return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Path of a text to calibrate on."""
+    from tests.road import write_text
+
+    return str(write_text(tmp_path_factory.mktemp("text") / "text.txt"))

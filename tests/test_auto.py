@@ -17,18 +17,13 @@ from optrot_edge.models import open_model
 from optrot_edge.quantize.calibration import sample_windows
 from optrot_edge.recipe import Recipe
 from tests.exporters.gguf_models import llama_logits
-from tests.road import save_model, write_text
+from tests.road import save_model
 from tests.rotations.test_optrot_plus import make_uneven
 from tests.test_pipeline import decoded_logits, spread
 from tests.tiny_models import random_tokens
 
 FAST = {"optrot_steps": 2, "optrot_rows": 64, "plus_steps": 6, "nsamples": 32, "seqlen": 32}
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return str(write_text(tmp_path_factory.mktemp("text") / "text.txt"))
 
 
 @pytest.fixture(scope="module")

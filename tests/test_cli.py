@@ -12,11 +12,8 @@ import gguf
 import pytest
 
 from optrot_edge.checkpoint import QuantizedCheckpoint
-from optrot_edge.models import open_model
-from optrot_edge.recipe import Recipe
 from tests.cli_runner import RTN, child, left, refused, run, run_ok
 from tests.road import FAST_OPTIONS, save_model
-from tests.tiny_models import CASES
 
 COMMANDS = ("export", "quantize", "rotate", "eval", "reference", "inspect", "doctor")
 
@@ -133,89 +130,6 @@ def test_export_may_keep_the_checkpoint(files, tmp_path):
     assert left(tmp_path) == ["c", "m.gguf"]
     run_ok("export", tmp_path / "c", "--out", tmp_path / "again.gguf", "-q")
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", [[], ["--rotation", "none", "--type", "q5_1", "--embedding-type", "f16"],
-                                     ["--rotate", "r2", "--type", "q4_1", "--head-type", "f32"]])
-def test_dry_run_knows_the_bytes(case, options, tmp_path, capfd):
-    """Tied and untied, with biases, q/k norms and rope factors: the bytes of every tensor, exactly."""
-    model, out = save_model(tmp_path / "model", case), tmp_path / "m.gguf"
-    options = [*RTN[:4], "--rotation", "hadamard", *options]
-    run_ok("export", model, "--out", out, "--dry-run", "--json", *options)
-    plan = json.loads(capfd.readouterr().out)
-    assert left(tmp_path) == ["model"]
-    run_ok("export", model, "--out", out, "--checkpoint", tmp_path / "c", "--json", *options)
-    summary = json.loads(capfd.readouterr().out)
-    reader = gguf.GGUFReader(out)
-    assert plan["bytes"] == sum(int(tensor.n_bytes) for tensor in reader.tensors)
-    assert plan["bits_per_weight"] == pytest.approx(summary["bits_per_weight"], rel=1e-12)
-    assert plan["unties_head"] == (case in ("llama_bias", "smollm2", "qwen2", "qwen3_tied")
-                                   and "output.weight" in [tensor.name for tensor in reader.tensors])
-    assert plan["family"] == QuantizedCheckpoint(tmp_path / "c").manifest["model"]["family"]
-    assert plan["peak_memory_bytes"] > 0 and plan["seconds"] > 0
-    run_ok("export", tmp_path / "c", "--out", tmp_path / "x.gguf", "--dry-run", "--json")
-    assert json.loads(capfd.readouterr().out)["bytes"] == plan["bytes"]
-    assert left(tmp_path) == ["c", "m.gguf", "model"]
-
-
-def test_dry_run_of_quantize(files, tmp_path, capfd):
-    run_ok("quantize", files["model"], "--out", tmp_path / "c", "--dry-run", "--json", "--type", "int3-g32-zero",
-           "--rotation", "optrot", "--rotate", "r1,r2,r4", "--r4-block", 32)
-    plan = json.loads(capfd.readouterr().out)
-    assert plan["rotated"] == ["r1", "r2", "r4"] and plan["types"]["body"] == "int3-g32-zero"
-    assert left(tmp_path) == []
-
-
-@pytest.mark.parametrize(("case", "largest", "tried", "rotated"), [
-    ("smollm2", "OptRot+ (R2, scales)", ["none", "OptRot+ (R2, scales)"], ["r2"]),
-    ("llama", "OptRot+ (R1, R2, scales)",
-     ["none", "OptRot+ (R2, scales)", "OptRot", "OptRot+ (R1, R2, scales)"], ["r1", "r2"])])
-def test_dry_run_of_auto_says_that_it_decides_later(case, largest, tried, rotated, tmp_path, capfd):
-    """Sizes are those of the largest arm that is tried; the time is that of all."""
-    model = save_model(tmp_path / "model", case)
-    start = ["export", model, "--out", tmp_path / "m.gguf", "--dry-run", "--json"]
-    run_ok(*start)
-    plan = json.loads(capfd.readouterr().out)
-    assert (plan["rotation"], plan["arms"], plan["rotated"]) == ("auto", tried, rotated)
-    assert plan["auto"].startswith(f"measures {', '.join(tried)}; sizes and rotations here are those of {largest}")
-    assert ("OptRot not tried: R1 unties the head" in plan["auto"]) == (case == "smollm2")
-    run_ok(*start, "--rotation", "optrot+", "--rotate", ",".join(rotated))
-    one = json.loads(capfd.readouterr().out)
-    assert one["bytes"] == plan["bytes"] and one["unties_head"] is plan["unties_head"] is False
-    run_ok(*start[:-1])
-    assert "auto" in capfd.readouterr().out
-    assert left(tmp_path) == ["model"]
-
-
-def test_the_plan_counts_the_learning(tmp_path):
-    """More steps, more windows, more arms: more operations."""
-    from optrot_edge import plan
-
-    source = open_model(save_model(tmp_path / "model", "llama"))
-
-    def flops(applied=("r1", "r2"), **fields):
-        return plan._effort(source.config, Recipe(**fields), list(applied))[1]
-
-    none, plus = flops((), rotation="none"), flops(rotation="optrot+")
-    assert none < flops(rotation="optrot") and none < plus < flops(rotation="optrot+", plus_steps=60)
-    assert flops(rotation="optrot+", rotate="r2") < plus
-    assert plan._statistics_flops(source.config, Recipe(nsamples=256)) > plan._statistics_flops(source.config, Recipe())
-
-
-def test_dry_run_with_a_saved_rotation(files, tmp_path, capfd):
-    run_ok("quantize", files["model"], "--out", tmp_path / "c", "--dry-run", "--json", "--rotation", files["rotation"])
-    plan = json.loads(capfd.readouterr().out)
-    assert plan["rotated"] == ["r1", "r2"] and plan["unties_head"] is True
-
-
-def test_dry_run_refuses_what_the_run_would(files, tmp_path, capfd):
-    start = ["export", files["model"], "--out", tmp_path / "m.gguf", "--dry-run"]
-    refused(capfd, *start, "--rotate", "r1,r4", "--r4-block", 32, says="--rotate r4")
-    refused(capfd, *start, "--type", "int4-g32-sym", says="int4-g32-sym")
-    refused(capfd, *start, "--seqlen", 1000, says="--seqlen 1000")
-    refused(capfd, "export", files["checkpoint"], "--out", tmp_path / "m.gguf", "--dry-run", "--type", "q8_0",
-            says="--type cannot be changed now")
 
 
 # inspect

@@ -18,7 +18,7 @@ from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import logits
 from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.exporters.gguf_models import Decoded, llama_logits
-from tests.road import FAST, save_model, write_text
+from tests.road import FAST, save_model
 from tests.tiny_models import CASES, random_tokens
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -36,11 +36,6 @@ def model(tmp_path_factory):
         return folders[case]
 
     return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return str(write_text(tmp_path_factory.mktemp("text") / "text.txt"))
 
 
 def length_of(case: str) -> int:

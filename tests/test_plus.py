@@ -12,7 +12,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.rotations.rotation import Rotation
 from tests.cli_runner import left, refused
 from tests.exporters.gguf_models import llama_logits
-from tests.road import save_model, write_text
+from tests.road import save_model
 from tests.rotations.test_optrot_plus import make_uneven
 from tests.test_pipeline import decoded_logits, length_of, original_logits, spread
 from tests.tiny_models import CASES, random_tokens
@@ -20,11 +20,6 @@ from tests.tiny_models import CASES, random_tokens
 PLUS = {"rotation": "optrot+", "plus_steps": 6, "nsamples": 16, "seqlen": 32}
 SCALES = ["attn_norm", "mlp_norm", "up", "value"]
 FEW = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return str(write_text(tmp_path_factory.mktemp("text") / "text.txt"))
 
 
 @pytest.fixture(scope="module")

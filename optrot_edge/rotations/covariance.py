@@ -7,12 +7,16 @@ change of R1 or of the gains only transforms them: an input `x̂ R1 diag(s)` has
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from optrot_edge.errors import InputError
 from optrot_edge.kernels.hadamard import block_hadamard
@@ -20,7 +24,6 @@ from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
 from optrot_edge.quantize.sequential import HessianSum
-from optrot_edge.rotations.layer_store import LayerStore
 from optrot_edge.rotations.rotation import Rotation
 
 INPUTS = {"attn": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "mlp": ("gate_proj", "up_proj"),
@@ -28,16 +31,31 @@ INPUTS = {"attn": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "mlp": ("gat
 FEW_TOKENS = 20  # per input dimension: fewer over-fit
 
 
-class Covariances(LayerStore):
+class Covariances:
     """`E[xxᵀ]` per layer and kind of input, on disk: {"attn", "o", "mlp", "down"} float32 [in, in].
 
     "attn" and "mlp" are the normed residual before its gain, "o" the attention context and "down" the
     hidden activations of the MLP, all of the unrotated float model. `tokens` is how many were averaged.
+    Removed with `close`, or at the end of a `with` block.
     """
 
-    def __init__(self, parent: str | Path | None, tokens: int):
-        super().__init__(parent, "covariances")
-        self.tokens = tokens
+    def __init__(self, folder: str | Path, tokens: int, layers: int):
+        self.folder, self.tokens, self.layers = Path(folder), tokens, layers
+
+    def layer(self, index: int, device="cpu", dtype=torch.float64) -> dict[str, torch.Tensor]:
+        """The layer's covariances."""
+        stored = load_file(self.folder / f"{index:05d}.safetensors")
+        return {name: tensor.to(device, dtype) for name, tensor in stored.items()}
+
+    def close(self) -> None:
+        """Delete the files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Covariances:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def check_tokens(tokens: int, width: int, warn: bool = True) -> None:
@@ -62,18 +80,21 @@ def collect(source, tokens: torch.Tensor, *, device: str = "cpu", batch_size: in
     or when the disk is full; nothing is left behind then.
     """
     check_tokens(tokens.numel(), source.config.hidden_size)
-    made = Covariances(folder, tokens.numel())
+    try:
+        made = Path(tempfile.mkdtemp(prefix=".optrot-covariances-", suffix=".partial", dir=folder))
+    except OSError as error:
+        raise InputError(f"cannot make a temporary folder in {folder}: {error.strerror}") from None
     try:
         _collect(source, tokens, device, batch_size, made, progress)
     except BaseException:
-        made.close()
+        shutil.rmtree(made, ignore_errors=True)
         raise
-    return made
+    return Covariances(made, tokens.numel(), source.config.num_hidden_layers)
 
 
 @torch.no_grad()
-def _collect(source, tokens, device, batch_size, made: Covariances, progress) -> None:
-    """Fill `made`."""
+def _collect(source, tokens, device, batch_size, folder: Path, progress) -> None:
+    """Write one file per layer into `folder`."""
     config = source.config
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
     stream = F.embedding(tokens, source.embedding(torch.float32))
@@ -83,11 +104,14 @@ def _collect(source, tokens, device, batch_size, made: Covariances, progress) ->
                 for name, readers in INPUTS.items()}
         for part in stream.split(batch_size):
             part.copy_(_observe(part.to(device), layer, config, rope, sums))
-        means = {name: total.mean() for name, total in sums.items()}
+        means = {name: total.mean().float().cpu().contiguous() for name, total in sums.items()}
         if not all(bool(mean.isfinite().all()) for mean in means.values()):
             raise InputError(f"calibration produced non-finite activations in layer {index}; "
                              "the model overflows or is damaged")
-        made.write(index, means)
+        try:
+            save_file(means, folder / f"{index:05d}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write covariances to {folder.parent}: {error}") from None
         if progress:
             progress(index + 1, config.num_hidden_layers)
 

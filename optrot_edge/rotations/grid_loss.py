@@ -32,7 +32,7 @@ def block_loss(weight: torch.Tensor, row_weights: torch.Tensor, cost: torch.Tens
     loss (scalar) and its gradients with respect to `weight` [m, n], `cost` [n] and `row_weights` [m].
     """
     blocks = weight.view(len(weight), -1, group_size)
-    per_block, slope_cost = _fitted_cost(cost.view(-1, group_size), FITTED["affine" if affine else "symmetric"])
+    per_block, slope_cost = fitted_cost(cost.view(-1, group_size), FITTED["affine" if affine else "symmetric"])
     if affine:
         low, high = blocks.clamp_max(0), blocks.clamp_min(0)
         below, slope_below = _smooth_max(-low)
@@ -49,7 +49,7 @@ def block_loss(weight: torch.Tensor, row_weights: torch.Tensor, cost: torch.Tens
             spread.square() @ per_block)
 
 
-def _fitted_cost(cost: torch.Tensor, fitted: float) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted_cost(cost: torch.Tensor, fitted: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`S f` of each block of `cost` [blocks, group] and its slope [blocks, group]."""
     total = cost.sum(1, keepdim=True).clamp_min(1e-30)
     shares = cost / total

@@ -58,15 +58,13 @@ class LayerGradient:
     log_scales: dict[str, torch.Tensor] = field(default_factory=lambda: defaultdict(float))
 
 
-def turned_diagonal(matrix: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
-    """The diagonal of `RᵀMR` (batched); of M without a rotation."""
-    if rotation is None:
-        return matrix.diagonal(dim1=-2, dim2=-1)
-    return (rotation * (matrix @ rotation)).sum(-2)
+def rotated_weights(weights: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+    """Weights of the rows of `RᵀW` from those of W's (batched): `Σ_j R_ji² g_j`, as if gradients were independent."""
+    return weights if rotation is None else (rotation.square() * weights[..., None]).sum(-2)
 
 
 class LayerProblem:
-    """One layer's weights, covariances {"attn", "o", "mlp"}, C of down's input, and `output_sensitivity`."""
+    """One layer's weights, covariances {"attn", "o", "mlp"}, C of down's input, and row weights."""
 
     def __init__(self, layer: Layer, covariances: dict, down_cost: torch.Tensor, sensitivity: dict,
                  config: ModelConfig, form: LossForm, r4_block: int | None = None):
@@ -137,7 +135,8 @@ class LayerProblem:
         if norm == "attn_norm" and at.r2 is not None:
             kv, dim = self.config.num_key_value_heads, self.config.head_dim
             out.r2 += self.values.view(kv, dim, -1) @ dy[-kv * dim:].view(kv, dim, -1).mT
-            out.r2 += 2 * self.sensitivity["v_proj"] @ (at.r2 * per_row[-kv * dim:].view(kv, 1, dim))
+            importance = self.sensitivity["v_proj"].view(kv, dim, 1)
+            out.r2 += 2 * importance * at.r2 * per_row[-kv * dim:].view(kv, 1, dim)
 
     def _reader_rows(self, norm, at, rows, generator):
         """Folded rows [n, hidden] that R1 multiplies and their weights [n]; v's come last, all of them."""
@@ -152,16 +151,16 @@ class LayerProblem:
             values = self.values
             if at.r2 is not None:
                 values = (at.r2.mT @ values.view(kv, dim, -1)).flatten(0, 1)
-            importance = turned_diagonal(self.sensitivity["v_proj"], at.r2).flatten()
+            importance = rotated_weights(self.sensitivity["v_proj"].view(kv, dim), at.r2).flatten()
             x, weights = torch.cat([x, values]), torch.cat([weights, importance])
         return x, weights
 
     def _writer(self, name: str, y: torch.Tensor, cost: torch.Tensor, at: LayerVariables, out: LayerGradient):
         """Loss of o or down and its gradients by `y` and `cost`; what it owes to R1 by its row weights, into `out`."""
-        sensitivity = self.sensitivity[name]
-        loss, dy, along, per_row = self.form(y, turned_diagonal(sensitivity, at.r1), cost)
+        weights = self.sensitivity[name]
+        loss, dy, along, per_row = self.form(y, rotated_weights(weights, at.r1), cost)
         if at.r1 is not None:
-            out.r1 += 2 * sensitivity @ (at.r1 * per_row)
+            out.r1 += 2 * weights[:, None] * at.r1 * per_row
         return loss, dy, along
 
     def _attention_output(self, at: LayerVariables, out: LayerGradient) -> None:

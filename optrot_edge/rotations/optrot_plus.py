@@ -21,7 +21,6 @@ from optrot_edge.rotations.covariance import Covariances, both_sides
 from optrot_edge.rotations.fuse import READS
 from optrot_edge.rotations.grid_loss import column_cost
 from optrot_edge.rotations.layer_loss import LayerProblem, LayerVariables, LossForm
-from optrot_edge.rotations.layer_store import LayerStore
 from optrot_edge.rotations.rotation import Rotation, projected, scale_widths
 from optrot_edge.rotations.solvers import MOMENTUM, polar_step
 
@@ -31,12 +30,12 @@ SMALLEST_GAIN = 1e-3  # of the mean: a dead channel's gain starts there, as its 
 
 @dataclass
 class OptRotPlusOptions:
-    """`objective`: "grid" or "plain"; `steps`: each visits every layer (None: 60 with R1, 30 without); `rows`: of q/k
-    and of gate/up drawn per visit (None: all); `scales`: learn channel scales too;
-    `r1_step`: largest step of R1 in radians (None: 0.02 from the native model, 0.3 from a Hadamard)."""
+    """`objective`: "grid" or "plain"; `steps`: each visits every layer; `rows`: of q/k and of gate/up drawn per visit
+    (None: all); `scales`: learn channel scales too;
+    `r1_step`: largest step of R1 in radians (None: 0.02 from the native model, 0.1 from a Hadamard)."""
 
     objective: str = "grid"
-    steps: int | None = None
+    steps: int = 30
     rows: int | None = 512
     scales: bool = True
     damp: float = 0.1
@@ -47,26 +46,21 @@ class OptRotPlusOptions:
     def __post_init__(self) -> None:
         if self.objective not in ("grid", "plain"):
             raise InputError(f"unknown OptRot+ objective {self.objective!r}; use grid or plain")
-        if min(n for n in (self.steps, self.rows, 1) if n is not None) < 1:
+        if min(self.steps, 1 if self.rows is None else self.rows) < 1:
             raise InputError("OptRot+ needs at least one step and one row")
-
-    def steps_taken(self, r1: bool) -> int:
-        """`steps`, or its default; `r1`: whether R1 is learned."""
-        return self.steps or (60 if r1 else 30)
 
 
 class PlusLearner:
     """State of one OptRot+ run; see `learn_plus`."""
 
     def __init__(self, source, start: Rotation, grid: GridSpec, covariances: Covariances,
-                 sensitivity: LayerStore, options: OptRotPlusOptions, generator, device: str):
+                 sensitivity: list[dict], options: OptRotPlusOptions, generator, device: str):
         self.source, self.config, self.options = source, source.config, options
         self.covariances, self.sensitivity = covariances, sensitivity
         self.generator, self.device, self.r4_block = generator, device, start.r4_block
         self.form = LossForm(grid.group_size, grid.kind != "symmetric", options.damp, options.objective)
         on_device = lambda t: None if t is None else t.to(device, torch.float32)  # noqa: E731
         self.r1, self.r2 = on_device(start.r1), on_device(start.r2)
-        self.steps = options.steps_taken(start.r1 is not None)
         self.native = start.r1 is None or torch.equal(start.r1, torch.eye(len(start.r1), dtype=torch.float64))
         self.log_scales = self._start_scales(start)
         self.momentum = {name: torch.zeros_like(value) for name, value in (("r1", self.r1), ("r2", self.r2))
@@ -114,7 +108,7 @@ class PlusLearner:
     def _read(self, index: int) -> LayerProblem:
         layer = {k: v.to(self.device) for k, v in self.source.layer(index, torch.float32).items()}
         stored = self.covariances.layer(index, self.device, torch.float32)
-        sensitivity = self.sensitivity.layer(index, self.device, torch.float32)
+        sensitivity = {k: v.to(self.device, torch.float32) for k, v in self.sensitivity[index].items()}
         return LayerProblem(layer, stored, self.down_cost[index], sensitivity, self.config, self.form,
                             self.r4_block)
 
@@ -144,7 +138,7 @@ class PlusLearner:
             for name, value in found.log_scales.items():
                 slopes[name][index] = value
         if gradient is not None:
-            top = self.options.r1_step or (0.02 if self.native else 0.3)
+            top = self.options.r1_step or (0.02 if self.native else 0.1)
             self.r1 = polar_step(self.r1, gradient, top * shrink, self.momentum["r1"], MOMENTUM["r1"])
         if self.adam is not None:
             for name, value in self.log_scales.items():
@@ -156,10 +150,10 @@ class PlusLearner:
     def run(self, progress: Callable[[int, int, float], None] | None) -> list[float]:
         """All steps; returns the estimated loss before each."""
         losses = []
-        for step in range(self.steps):
-            losses.append(self.step(step / self.steps))
+        for step in range(self.options.steps):
+            losses.append(self.step(step / self.options.steps))
             if progress:
-                progress(step + 1, self.steps, losses[-1])
+                progress(step + 1, self.options.steps, losses[-1])
         return losses
 
     def result(self, start: Rotation, recipe: dict) -> Rotation:
@@ -181,7 +175,7 @@ def native_start(config, which: set[str], *, r3_block=None, r4_block=None) -> Ro
 
 
 @torch.no_grad()
-def learn_plus(source, start: Rotation, grid: GridSpec | str, covariances: Covariances, sensitivity: LayerStore,
+def learn_plus(source, start: Rotation, grid: GridSpec | str, covariances: Covariances, sensitivity: list[dict],
                options: OptRotPlusOptions, generator: torch.Generator, *, device: str = "cpu",
                progress: Callable[[int, int, float], None] | None = None) -> Rotation:
     """OptRot+ from `start` for a body stored on `grid`; `sensitivity` as `output_sensitivity` returns it.
@@ -196,7 +190,7 @@ def learn_plus(source, start: Rotation, grid: GridSpec | str, covariances: Covar
     learner = PlusLearner(source, start, grid, covariances, sensitivity, options, generator, device)
     before = learner.losses()
     curve = learner.run(progress)
-    recipe = {**start.recipe, "grid": grid.name, "objective": options.objective, "steps": learner.steps,
+    recipe = {**start.recipe, "grid": grid.name, "objective": options.objective, "steps": options.steps,
               "rows": options.rows, "scales": options.scales, "damp": options.damp,
               "calibration_tokens": covariances.tokens, "loss_curve": curve}
     rotation = learner.result(start, recipe)

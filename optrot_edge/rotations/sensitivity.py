@@ -3,14 +3,13 @@
 For a small error Δ in a weight matrix, KL = ½ E[(Σ_t g_tᵀ Δ x_t)²] over a text, g the gradient of
 −log p(label) with respect to the linear's output, labels drawn from the model itself (Fisher information;
 Martens, arXiv 1412.1193). Δ is what GPTQ leaves on the grid in question when nothing is rotated, and the
-sum runs over a window's tokens before it is squared. Both matter: E[ggᵀ] and E[(Δx)²] apart would overrate v,
+sum runs over a window's tokens before it is squared. Both matter: E[g²] and E[(Δx)²] apart would overrate v,
 because GPTQ errs least on the few inputs (attention sinks) on which most depends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +19,17 @@ from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.rotations.covariance import INPUTS
-from optrot_edge.rotations.layer_store import LayerStore
 
 
 def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec | str, generator: torch.Generator,
-                       *, damp: float = 0.1, device: str = "cpu", folder: str | Path | None = None,
-                       progress: Callable[[int, int], None] | None = None) -> LayerStore:
-    """Per layer, what errors in the rows of every linear cost on `tokens` [windows, length].
+                       *, damp: float = 0.1, device: str = "cpu",
+                       progress: Callable[[int, int], None] | None = None) -> list[dict[str, torch.Tensor]]:
+    """Per layer, the weight g [out] of every linear's rows on `tokens` [windows, length].
 
-    `½ tr(G ΔHΔᵀ)` is the KL per token, in nats, that an error Δ of one matrix costs, H its input's
-    covariance. Where a rotation mixes the rows, G is a matrix, from `E[g gᵀ]`: [out, out] of o_proj and down_proj,
-    [kv_heads, head_dim, head_dim] of v_proj; of other linears its diagonal [out]. `covariances` are of the
-    same model; labels are drawn with `generator` (CPU). The result is kept on disk in a new folder under `folder`,
-    8 hidden² bytes and a little per layer. One layer is held at a time, and the residual stream of all tokens before
-    every layer (tokens × hidden × layers × 4 bytes).
-    Raises InputError when the disk is full; nothing is left behind then.
+    `½ Σ_i g_i (ΔHΔᵀ)_ii` is the KL per token, in nats, that an error Δ of one matrix costs, H its input's
+    covariance. Rows share a matrix's cost by E[g²]. `covariances` are of the same model; labels are drawn with
+    `generator` (CPU). One layer is held at a time, and the residual stream of all tokens before every layer
+    (tokens × hidden × layers × 4 bytes).
     """
     config = source.config
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
@@ -43,18 +38,14 @@ def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec
         layer = _load(source, index, device)
         streams.append(_forward(streams[-1], layer, config, rope, device))
     gradient = _head_gradient(source, streams.pop(), generator, device)
-    found = LayerStore(folder, "sensitivity")
-    try:
-        for index in reversed(range(config.num_hidden_layers)):
-            layer = _load(source, index, device)
-            errors = _gptq_errors(layer, covariances.layer(index, device), Grid(grid), damp)
-            found.write(index, _backward(streams.pop(), gradient, layer, errors, config, rope, device))
-            if progress:
-                progress(config.num_hidden_layers - index, config.num_hidden_layers)
-    except BaseException:
-        found.close()
-        raise
-    return found
+    found = []
+    for index in reversed(range(config.num_hidden_layers)):
+        layer = _load(source, index, device)
+        errors = _gptq_errors(layer, covariances.layer(index, device), Grid(grid), damp)
+        found.append(_backward(streams.pop(), gradient, layer, errors, config, rope, device))
+        if progress:
+            progress(len(found), config.num_hidden_layers)
+    return found[::-1]
 
 
 def _gptq_errors(layer, stored: dict, grid: Grid, damp: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -110,8 +101,7 @@ def _backward(stream, gradient, layer, errors, config, rope, device) -> dict[str
         seen[name] = (x.detach(), y)
         return y
 
-    blocks = {"o_proj": 1, "down_proj": 1, "v_proj": config.num_key_value_heads}  # rows that a rotation mixes
-    second = dict.fromkeys(errors, 0.0)
+    shape = {name: torch.zeros_like(power) for name, (_, power) in errors.items()}
     cost = dict.fromkeys(errors, 0.0)
     for part, grad in zip(stream.split(1), gradient.split(1), strict=True):
         x = part.to(device).requires_grad_()
@@ -120,17 +110,9 @@ def _backward(stream, gradient, layer, errors, config, rope, device) -> dict[str
         y.backward(grad.to(device))
         for name, (inputs, output) in seen.items():
             g, error = output.grad[0], inputs[0] @ errors[name][0].T
-            if name in blocks:
-                per_block = g.view(len(g), blocks[name], -1).transpose(0, 1)
-                second[name] += per_block.mT @ per_block
-            else:
-                second[name] += g.square().sum(0)
+            shape[name] += g.square().sum(0).double().cpu()
             cost[name] += float((g * error).sum(0).square().sum())
         grad.copy_(x.grad)
     count = stream.shape[0] * stream.shape[1]  # the few tokens here may lack the rare ones that rule ΔHΔᵀ
-    found = {}
-    for name, moment in second.items():
-        rows = moment if moment.dim() == 1 else moment.diagonal(dim1=1, dim2=2).flatten()
-        share = cost[name] / max(count * float(rows.cpu().double() @ errors[name][1].double()), 1e-300)
-        found[name] = share * (moment[0] if name in ("o_proj", "down_proj") else moment).cpu()
-    return found
+    return {name: shape[name] * (cost[name] / max(count * float(shape[name] @ errors[name][1].double()), 1e-300))
+            for name in shape}

@@ -7,7 +7,7 @@ import torch
 
 from optrot_edge.errors import InputError
 from optrot_edge.models import forward, open_model
-from optrot_edge.rotations import layer_store
+from optrot_edge.rotations import covariance
 from optrot_edge.rotations.covariance import INPUTS, check_tokens, collect, rotate_covariances
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.rotation import Rotation, scale_widths
@@ -45,7 +45,7 @@ def assert_same(found: dict, expected: dict, tolerance: float = 2e-6) -> None:
 def test_collected_from_what_the_linears_read(case, tiny):
     source = open_model(tiny(case))
     with collect(source, TOKENS, batch_size=4) as covariances:
-        assert covariances.tokens == TOKENS.numel()
+        assert covariances.tokens == TOKENS.numel() and covariances.layers == 2
         for index in range(2):
             native = source.layer(index)
             found = rotate_covariances(covariances.layer(index), Rotation("none"), index, native, source.config)
@@ -121,9 +121,9 @@ def test_nothing_is_left_behind(failure, tiny, tmp_path, monkeypatch):
     if failure == "disk":
         def full(*_):
             raise OSError("No space left on device")
-        monkeypatch.setattr(layer_store, "save_file", full)
+        monkeypatch.setattr(covariance, "save_file", full)
     expected, says = {"interrupt": (KeyboardInterrupt, None), "overflow": (InputError, "non-finite.* in layer 1"),
-                      "disk": (InputError, "cannot write to .*No space left")}[failure]
+                      "disk": (InputError, "cannot write covariances to .*No space left")}[failure]
     with pytest.raises(expected, match=says):
         collect(source, TOKENS, folder=tmp_path, progress=progress)
     assert list(tmp_path.iterdir()) == []

@@ -42,8 +42,6 @@ def problem(generator, form, r4_block=None):
     covariances = {"attn": covariance(HIDDEN, generator), "mlp": covariance(HIDDEN, generator),
                    "o": covariance(HEADS * DIM, generator)}
     sensitivity = {name: draw(shape[0]).abs() + 0.2 for name, shape in SHAPES.items()}
-    sensitivity |= {"o_proj": covariance(HIDDEN, generator), "down_proj": covariance(HIDDEN, generator),
-                    "v_proj": torch.stack([covariance(DIM, generator) for _ in range(KV)])}
     return LayerProblem(layer, covariances, draw(FF).abs() + 0.1, sensitivity, CONFIG, form, r4_block)
 
 

@@ -9,7 +9,7 @@ from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.rotations.covariance import INPUTS, collect, rotate_covariances
 from optrot_edge.rotations.fuse import RotatedModel
-from optrot_edge.rotations.layer_loss import turned_diagonal
+from optrot_edge.rotations.layer_loss import rotated_weights
 from optrot_edge.rotations.optrot import initial_rotation
 from optrot_edge.rotations.optrot_plus import OptRotPlusOptions, learn_plus, native_start
 from optrot_edge.rotations.rotation import ORTHOGONALITY, Rotation, orthogonality_error
@@ -40,8 +40,7 @@ def setting(tmp_path_factory):
     source = open_model(make_uneven(save_tiny(folder / "m", "llama3_rope")))
     tokens = torch.randint(0, 512, (48, 64), generator=torch.Generator().manual_seed(1))
     covariances = collect(source, tokens, folder=folder)
-    sensitivity = output_sensitivity(source, tokens[:8], covariances, "q4_0", torch.Generator().manual_seed(0),
-                                     folder=folder)
+    sensitivity = output_sensitivity(source, tokens[:8], covariances, "q4_0", torch.Generator().manual_seed(0))
     return source, tokens, covariances, sensitivity
 
 
@@ -66,11 +65,11 @@ def gptq_loss(setting, rotation, grid):
             error = grid.decode(gptq(weight, prepared, grid, params), params).double() - weight
             rows = ((error @ h) * error).sum(1)
             for name, part in zip(names, rows.split([len(layer[f"{n}.weight"]) for n in names]), strict=True):
-                weights = sensitivity.layer(index)[name]
+                weights = sensitivity[index][name].double()
                 if name in ("o_proj", "down_proj"):
-                    weights = turned_diagonal(weights, rotation.r1)
-                if name == "v_proj":
-                    weights = turned_diagonal(weights, None if rotation.r2 is None else rotation.r2[index]).flatten()
+                    weights = rotated_weights(weights, rotation.r1)
+                if name == "v_proj" and rotation.r2 is not None:
+                    weights = rotated_weights(weights.view(rotation.r2.shape[1:3]), rotation.r2[index]).flatten()
                 if "up" in rotation.scales and name == "up_proj":
                     weights = weights / rotation.scales["up"][index].square()
                 if "value" in rotation.scales and name == "v_proj":
