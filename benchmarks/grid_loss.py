@@ -13,21 +13,16 @@ what `optrot_edge.rotations.grid_loss` expects. Per grid and input, over the lay
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
-from pathlib import Path
-
 import torch
 from rich.console import Console
 from rich.table import Table
+from rotation_limits import arguments, native_layers
 from rotations import GRIDS, Bench, save
 
-from optrot_edge.models import open_model
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.rotations import grid_loss
-from optrot_edge.rotations.covariance import INPUTS, collect
+from optrot_edge.rotations.covariance import INPUTS
 from optrot_edge.rotations.grid_loss import block_loss, column_cost
 
 DAMP = 0.1
@@ -60,29 +55,16 @@ def spread(measured: torch.Tensor, expected: torch.Tensor) -> float:
 
 def main() -> None:
     """Measure every third layer and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", help="text file (default: WikiText-2 test, or the built-in text)")
-    parser.add_argument("--nsamples", type=int, default=96)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--every", type=int, default=3, help="take every n-th layer")
-    parser.add_argument("--work", type=Path, default=Path("out/bench"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "grid_loss.json")
-    options = parser.parse_args()
+    options = arguments(__doc__.splitlines()[0], "grid_loss")
     bench = Bench(options)
-    source = open_model(bench.model(permuted=False))
     found: dict[tuple[str, str], list] = {}
-    tokens = bench.calibration_inputs(source, bench.recipe("q4_0", "none", 0), False).tokens
-    with tempfile.TemporaryDirectory(dir=options.work) as folder, collect(source, tokens, folder=folder) as held:
-        for index in range(0, source.config.num_hidden_layers, options.every):
-            layer, stored = source.layer(index, torch.float64), held.layer(index)
-            for kind, names in INPUTS.items():
-                gain = layer.get(f"{kind}_norm.weight", torch.ones(len(stored[kind]), dtype=torch.float64))
-                weight, h = torch.cat([layer[f"{n}.weight"] for n in names]), gain[:, None] * stored[kind] * gain
-                for name in GRIDS:
-                    if len(h) % Grid(name).spec.group_size == 0:
-                        found.setdefault((name, kind), []).append(blocks(weight, h, Grid(name)))
+    for _, layer, stored in native_layers(bench):
+        for kind, names in INPUTS.items():
+            gain = layer.get(f"{kind}_norm.weight", torch.ones(len(stored[kind]), dtype=torch.float64))
+            weight, h = torch.cat([layer[f"{n}.weight"] for n in names]), gain[:, None] * stored[kind] * gain
+            for name in GRIDS:
+                if len(h) % Grid(name).spec.group_size == 0:
+                    found.setdefault((name, kind), []).append(blocks(weight, h, Grid(name)))
     rows = []
     for (name, kind), layers in found.items():
         measured, damped, n = (torch.cat([x[i] / x[0].sum() for x in layers]) if i < 2 else

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -71,27 +72,37 @@ def relative_error(grid: Grid, weight: torch.Tensor) -> float:
     return float(error.square().sum() / weight.square().sum())
 
 
-def main() -> None:
-    """Measure every second layer and print medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str, name: str) -> argparse.Namespace:
+    """Command line of a script that looks at native layers and writes `name`.json."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", help="text file (default: WikiText-2 test, or the built-in text)")
     parser.add_argument("--nsamples", type=int, default=96)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--every", type=int, default=2, help="take every n-th layer")
+    parser.add_argument("--every", type=int, default=3, help="take every n-th layer")
     parser.add_argument("--work", type=Path, default=Path("out/bench"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rotation_limits.json")
-    options = parser.parse_args()
-    bench = Bench(options)
-    source = open_model(bench.model(permuted=False))
-    rotation = random_hadamard(source.config.hidden_size, torch.Generator().manual_seed(0))[0]
-    rows = []
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
+    return parser.parse_args()
+
+
+def native_layers(bench: Bench) -> Iterator[tuple[int, dict, dict]]:
+    """(index, layer, its input covariances) of the native testbed, float64."""
+    source, options = open_model(bench.model(permuted=False)), bench.options
     tokens = bench.calibration_inputs(source, bench.recipe("q4_0", "none", 0), False).tokens
     with tempfile.TemporaryDirectory(dir=options.work) as folder, collect(source, tokens, folder=folder) as held:
         for index in range(0, source.config.num_hidden_layers, options.every):
-            layer, stored = source.layer(index, torch.float64), held.layer(index)
-            rows += [{"layer": index, "input": kind, **limits(layer, stored, kind, rotation)} for kind in INPUTS]
+            yield index, source.layer(index, torch.float64), held.layer(index)
+
+
+def main() -> None:
+    """Measure every third layer and print medians."""
+    options = arguments(__doc__.splitlines()[0], "rotation_limits")
+    bench, rotation, rows = Bench(options), None, []
+    for index, layer, stored in native_layers(bench):
+        if rotation is None:
+            rotation = random_hadamard(len(stored["mlp"]), torch.Generator().manual_seed(0))[0]
+        rows += [{"layer": index, "input": kind, **limits(layer, stored, kind, rotation)} for kind in INPUTS]
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("layer", "input")))
     median = {kind: {name: float(torch.tensor([r[name] for r in rows if r["input"] == kind]).median())
                      for name in names if all(name in r for r in rows if r["input"] == kind)} for kind in INPUTS}
