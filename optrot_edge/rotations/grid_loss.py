@@ -10,8 +10,8 @@ are uniform on a step, and all weights of a row in one block share a step, so th
 
 The step follows the block's range; a p-norm stands for the maximum, as the stored scales are least-squares
 fits that clip a little. f_b is what the fit gains: where few columns, n_b = S_b² / Σ_{j∈b} C_j² in effect, carry a
-block's cost, the fit lays the grid so that those columns round well, and two parameters (affine grids) do that
-better than one. The common factor of the step (1 / levels) is left out.
+block's cost, the fit lays an affine grid so that those columns round well (c = 3.5). One parameter, the scale of a
+symmetric grid, does not reach far: there c = 0. The common factor of the step (1 / levels) is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 POWER = 8  # of the norm that stands for a block's maximum
-FITTED = {"affine": 3.5, "symmetric": 0.8}  # c: which predicts GPTQ's loss per block best (benchmarks/grid_loss.py)
+FITTED = {"affine": 3.5, "symmetric": 0.0}  # c, see benchmarks/grid_loss.py
 
 
 def block_loss(weight: torch.Tensor, row_weights: torch.Tensor, cost: torch.Tensor, group_size: int, *,
@@ -51,6 +51,8 @@ def block_loss(weight: torch.Tensor, row_weights: torch.Tensor, cost: torch.Tens
 
 def fitted_cost(cost: torch.Tensor, fitted: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`S f` of each block of `cost` [blocks, group] and its slope [blocks, group]."""
+    if not fitted:
+        return cost.sum(1), torch.ones_like(cost)
     total = cost.sum(1, keepdim=True).clamp_min(1e-30)
     shares = cost / total
     held = shares.square().sum(1, keepdim=True)  # 1 / n, at most 1
