@@ -75,7 +75,8 @@ def _smooth_max(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def plain_loss(weight: torch.Tensor, row_weights: torch.Tensor, cost: torch.Tensor) -> tuple[
         torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The plain form `tr D · ‖W‖₄²`, scaled by the mean row weight; returns as `block_loss`."""
+    """The plain form `Σ_j C_j · ‖W‖₄²` (tr D · ‖W‖₄² without damping), scaled by the mean row weight; returns as
+    `block_loss`."""
     scale = row_weights.mean()
     squared = weight * weight
     norm = (squared * squared).sum().sqrt().clamp_min(1e-30)  # ‖W‖₄²
