@@ -273,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(f"{error.filename}: {error.strerror}", 2)
         _fail(f"internal failure: {type(error).__name__}: {error} (--debug shows where)", 1)
     if code == 130:
+        exec("")  # forgets an interrupt inside another exec: `python -m` would die of it instead of exiting with 130
         _fail("interrupted; nothing half-written was left behind", 130)
     sys.exit(code or 0)
 

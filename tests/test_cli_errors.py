@@ -277,6 +277,14 @@ def test_interrupt(command, tmp_path):
     assert left(out) == []
 
 
+def test_interrupt_while_python_runs_a_string(tmp_path):
+    """As `dataclass` does when a module is imported late: under -m, Python would kill itself with SIGINT after that."""
+    (tmp_path / "late.py").write_text("from optrot_edge import cli\n\n@cli.app.command()\ndef late():\n"
+                                      "    exec('raise KeyboardInterrupt')\n\ncli.main(['late'])\n")
+    done = subprocess.run([sys.executable, "-m", "late"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and "interrupted" in done.stderr, done.stderr
+
+
 def wait_for_work(process, out: Path, command: str) -> str:
     """Wait until a temporary folder is there or, for `rotate`, the first progress; what was printed."""
     end = time.monotonic() + 120
