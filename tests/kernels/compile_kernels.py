@@ -10,19 +10,19 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from optrot_edge.kernels import fake_quant, fourth_power, hadamard
+from optrot_edge.kernels import fake_quant, fourth_power, gptq, hadamard
 
 ELEMENTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FLOATS = ("scale", "clip")
 
 
-def build(kernel, pointers, constants, warps):
-    """Compiled `kernel`; `pointers` name element types, other arguments are int32 multiples of 16."""
+def build(kernel, pointers, constants, warps, unaligned=()):
+    """Compiled `kernel`; `pointers` name element types, other arguments are int32, multiples of 16 but `unaligned`."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else "fp32" if name in FLOATS else "i32" for name in names}
     signature |= {name: f"*{element}" for name, element in pointers.items()}
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names)
-               if signature[name] not in ("constexpr", "fp32")}
+               if signature[name] not in ("constexpr", "fp32") and name not in unaligned}
     source = ASTSource(kernel, signature, {(names.index(key),): value for key, value in constants.items()},
                        aligned)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -77,8 +77,20 @@ def build_fake_quant():
                    "COLUMNS": columns}, warps)
 
 
+def build_gptq():
+    pointers = dict.fromkeys(("residual", "feedback", "scales", "offsets", "levels", "errors"), "fp32")
+    for offsets, codebook, top in ((True, False, 15), (True, False, 255), (False, True, 15)):
+        constants = {"TOP": top, "OFFSETS": offsets, "CODEBOOK": codebook, "BLOCK": gptq.BLOCK,
+                     "INNER": gptq._INNER, "ROWS": gptq._ROWS}
+        built = build(gptq._solve_kernel, pointers | {"group": "i32", "codes": "u8"}, constants, gptq._ROWS // 32,
+                      unaligned=("rows",))
+        # A row's columns stay in one thread: nothing is exchanged from one rounding to the next.
+        assert "shfl" not in built.asm["ptx"], constants
+
+
 if __name__ == "__main__":
     build_fourth_power()
     build_hadamard()
     build_fake_quant()
+    build_gptq()
     print("compiled")
