@@ -1,7 +1,8 @@
 """GPTQ (arXiv 2210.17323) onto frozen grids, with static act-order.
 
-Everything is done in float64 where the device has it; columns are visited in order of falling
-diag(H), scales never move, and the codes come back in the stored order.
+Hessians are factored in float64 where the device has it; columns are visited in order of falling
+diag(H), scales never move, and the codes come back in the stored order. The loop over columns is
+`kernels.gptq`: float64 in torch on a CPU, float32 in Triton on a GPU.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from optrot_edge.errors import InputError
+from optrot_edge.kernels.gptq import BLOCK, solve_block
 from optrot_edge.quantize.grids import Grid, GridParams
 
-BLOCK = 128  # columns between two trailing GEMM updates
 MAX_ESCALATIONS = 2  # times the damping may grow tenfold
 
 
@@ -75,33 +76,39 @@ def prepare_hessian(hessian: torch.Tensor, *, damp: float = 0.01, act_order: boo
 def gptq(weight: torch.Tensor, prepared: PreparedHessian, grid: Grid, params: GridParams) -> torch.Tensor:
     """Codes uint8 [out, in] of `weight` [out, in] on `grid` with frozen `params`.
 
-    Rows are independent, so matrices that read the same input may be stacked.
+    Rows are independent, so matrices that read the same input may be stacked. On a GPU the residual and its
+    updates are float32 (the factor stays float64 until here): tr ΔHΔᵀ moves by 1e-4 of itself at most
+    (0.0005 dB; measured on a CPU at 2 to 8 bits, damping 0.1 and 0.001).
     """
-    work = prepared.upper.dtype
-    columns = weight.shape[1]
     upper, order = prepared.upper, prepared.order
-    residual = weight.to(upper.device).to(work).T[order].contiguous()  # [in, out]: a column is contiguous
+    work = torch.float32 if upper.is_cuda else upper.dtype
+    columns, device = weight.shape[1], upper.device
+    residual = weight.to(device, work).T[order].contiguous()  # [in, out]: a column is contiguous
     residual[prepared.dead[order]] = 0
-    scales, offsets = params.columns()
-    scales = scales.to(upper.device)
-    offsets = None if offsets is None else offsets.to(upper.device)
-    group = (order // grid.spec.group_size).tolist()
-    codes = torch.empty(residual.shape, dtype=torch.uint8, device=upper.device)
+    scales, offsets = (None if part is None else part.to(device) for part in params.columns())
+    # A codebook's levels; every other grid is offset + scale · code, the offset being what code 0 stands for.
+    levels = getattr(grid.spec, "codebook", None)
+    levels = None if levels is None else torch.tensor(levels, dtype=work, device=device)
+    origin = None if levels is not None else grid.values_of(torch.zeros_like(scales), scales, offsets).to(work)
+    steps = scales.to(work)
+    group = order // grid.spec.group_size
+    codes = torch.empty(residual.shape, dtype=torch.uint8, device=device)
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
-        errors = torch.zeros(last - first, residual.shape[1], dtype=work, device=upper.device)
-        corner = upper[first:last, first:last]
-        for j in range(last - first):
-            w = residual[first + j]
-            if j:
-                w = torch.addmv(w, errors[:j].T, corner[:j, j], alpha=-1)
-            scale = scales[group[first + j]]
-            offset = None if offsets is None else offsets[group[first + j]]
-            q = grid.codes_of(w, scale, offset)
-            codes[first + j] = q
-            errors[j] = (w - grid.values_of(q, scale, offset)) / corner[j, j]
+        feedback = (upper[first:last, first:] / upper.diagonal()[first:last, None]).to(work)
+        codes[first:last], errors = solve_block(residual[first:last], feedback[:, :last - first], steps, origin,
+                                                group[first:last], top=grid.top, levels=levels)
         if last < columns:
-            residual[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+            residual[last:].addmm_(feedback[:, last - first:].T, errors, alpha=-1)
+    _neutralise(codes, group, grid, scales, offsets)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
     return unordered.T.contiguous().to(weight.device)
+
+
+def _neutralise(codes: torch.Tensor, group: torch.Tensor, grid: Grid, scales: torch.Tensor, offsets) -> None:
+    """Give weights whose scale is 0 the code that the grid itself gives them: all of its codes mean the same."""
+    empty = scales == 0
+    if empty.any():
+        neutral = grid.codes_of(torch.zeros_like(scales), scales, offsets).to(torch.uint8)
+        torch.where(empty[group], neutral[group], codes, out=codes)
