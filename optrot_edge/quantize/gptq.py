@@ -15,6 +15,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.kernels.gptq import BLOCK, solve_block
 from optrot_edge.quantize.grids import Grid, GridParams
 
+LEAF = 128  # triangular matrices up to this size are inverted by substitution
 MAX_ESCALATIONS = 2  # times the damping may grow tenfold
 
 
@@ -57,20 +58,34 @@ def prepare_hessian(hessian: torch.Tensor, *, damp: float = 0.01, act_order: boo
     dead = diagonal <= 0
     diagonal[dead] = 1.0
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(h), device=h.device)
-    h = h[order][:, order]
+    # From the last column to the first: H = VVᵀ with V upper triangular, and U = V⁻¹. One factorisation instead of
+    # two, and H itself is never inverted.
+    backwards = order.flip(0)
+    h = h[backwards][:, backwards]
     mean = float(h.diagonal().mean())
     for escalation in range(MAX_ESCALATIONS + 1):
         damped = h.clone()
         damped.diagonal().add_(damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not failed:
-            return PreparedHessian(upper, order, dead, damp, escalation)
+            return PreparedHessian(_inverse_upper(lower.flip(0, 1)), order, dead, damp, escalation)
         damp *= 10
     raise InputError(f"the Hessian is not positive definite even with damping {damp / 10:g}; "
                      "use more or other calibration text")
+
+
+def _inverse_upper(matrix: torch.Tensor) -> torch.Tensor:
+    """Inverse of an upper triangular matrix, by halves: almost all of it is products."""
+    size = len(matrix)
+    if size <= LEAF:
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, eye, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half] = _inverse_upper(matrix[:half, :half])
+    inverse[half:, half:] = _inverse_upper(matrix[half:, half:])
+    inverse[:half, half:] = inverse[:half, :half] @ matrix[:half, half:] @ inverse[half:, half:].neg()
+    return inverse
 
 
 def gptq(weight: torch.Tensor, prepared: PreparedHessian, grid: Grid, params: GridParams) -> torch.Tensor:
