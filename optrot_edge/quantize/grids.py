@@ -17,7 +17,7 @@ from optrot_edge.checkpoint import GridSpec, QuantizedTensor, grid_spec
 from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 
-CPU_CHUNK = 2**14  # blocks of 32 searched at once: keeps every temporary inside the cache
+CPU_CHUNK = 2**12  # blocks of 32 searched at once: keeps a few temporaries of 512 KiB inside the cache
 GPU_CHUNK = 2**18  # enough work for every launch, at 32 MiB per temporary
 POLISH = 3  # rounds of alternating least squares after the search
 
@@ -55,13 +55,12 @@ class Grid:
 
     def codes_of(self, w, scale, offset) -> torch.Tensor:
         """Nearest codes (as floats) of `w` under broadcast scale and offset; scale 0 gives value 0."""
-        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        # Over infinity every weight is 0 steps from the neutral code; no second pass has to put that in.
+        divisor = torch.where(scale == 0, torch.inf, scale)
         if self.spec.kind == "min":
-            codes = (w - offset) / safe
+            codes = (w - offset).div_(divisor).add_(torch.where(scale == 0, float(self.center), 0.0))
         else:
-            codes = w / safe + (self.center if self.spec.kind == "symmetric" else offset)
-        neutral = offset if self.spec.kind == "zero" else float(self.center)
-        codes = torch.where(scale == 0, neutral, codes)
+            codes = (w / divisor).add_(self.center if self.spec.kind == "symmetric" else offset)
         return codes.round_().clamp_(0, self.top)
 
     def values_of(self, codes, scale, offset) -> torch.Tensor:
