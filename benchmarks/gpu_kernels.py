@@ -8,6 +8,7 @@ import torch
 
 from optrot_edge.kernels.fake_quant import fake_quantize_torch, fake_quantize_triton
 from optrot_edge.kernels.fourth_power import fourth_power_torch, fourth_power_triton
+from optrot_edge.kernels.gptq import solve_block_torch, solve_block_triton
 from optrot_edge.kernels.hadamard import block_hadamard_torch, block_hadamard_triton
 from optrot_edge.rotations.hadamard import hadamard
 
@@ -27,13 +28,18 @@ PRECISION_COST = {"tf32": (3e-4, 4e-3), "bf16": (1e-3, 2e-2)}
 HADAMARD_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 # Fake quantisation is the same bit for bit, but for the interpreter's bfloat16; a wrong step is 8e-3 or more.
 QUANT_TOLERANCE = {torch.float32: 1e-7, torch.float16: 1e-7, torch.bfloat16: 1e-7}
+# GPTQ's errors against what its own codes leave, over the range of code values; and the share of codes unlike the
+# twin's: sums in another order tip a weight over halfway between two codes now and then, and its row from there on.
+SOLVER_TOLERANCE = 3e-6
+SOLVER_CODES = 0.03
 BLOCKS = tuple(2**k for k in range(1, 16))
 CORES = ((12, 1), (12, 64), (12, 1024), (20, 16), (20, 256), (28, 4), (28, 512), (36, 32), (60, 8), (28, 1024))
 
 
 def kernels_step(device: str) -> dict:
     """Every Triton kernel against its twin over a grid of shapes."""
-    rows = [*objective_errors(device), *hadamard_errors(device), *quant_errors(device)]
+    rows = [*objective_errors(device), *hadamard_errors(device), *quant_errors(device),
+            *solver_errors(device)]
     worst: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: row["error"]):
         worst[row["kernel"], row["case"]] = row
@@ -157,3 +163,39 @@ def quant_errors(device: str) -> list[dict]:
                              "shape": f"A{bits} clip {clip} of " + "x".join(map(str, shape)),
                              "error": max(largest_error(*pair) for pair in pairs), "tolerance": tolerance})
     return rows
+
+
+def solver_problem(columns: int, rows: int, group_size: int, bits: int, codebook: bool, device: str) -> dict:
+    """Arguments of `solve_block` for a block of columns in random order."""
+    generator = torch.Generator().manual_seed(columns + rows)
+    groups = -(-columns // group_size)
+    parts = {"residual": torch.randn(columns, rows, generator=generator),
+             "feedback": 0.05 * torch.randn(columns, columns, generator=generator),
+             "scales": (0.5 + torch.rand(groups, rows, generator=generator)) * 4 / 2**bits,
+             "offsets": None if codebook else torch.randn(groups, rows, generator=generator) * 0.2 - 2,
+             "group": torch.randperm(columns, generator=generator) // group_size,
+             "levels": torch.linspace(-1, 1, 2**bits).mul(2**bits / 2).sinh() / 200 if codebook else None}
+    return {name: part if part is None else part.to(device) for name, part in parts.items()} | {"top": 2**bits - 1}
+
+
+def solver_errors(device: str) -> list[dict]:
+    """Errors of `solve_block_triton`: of its own sums, and the share of codes that are not its twin's."""
+    cases = [(1, 1, 32, 4, False), (100, 33, 16, 4, False), (128, 45, 64, 8, False), (40, 20, 32, 4, True)]
+    if device == "cuda":
+        cases += [(128, rows, group, bits, codebook) for rows in (4099, 14336) for group in (16, 32, 64, 128, 576)
+                  for bits, codebook in ((2, False), (4, False), (8, False), (4, True))]
+    result = []
+    for columns, rows, group_size, bits, codebook in cases:
+        parts = solver_problem(columns, rows, group_size, bits, codebook, device)
+        codes, errors = solve_block_triton(**parts)
+        scales = parts["scales"].double()[parts["group"]]
+        value = parts["levels"].double()[codes.long()] * scales if codebook else (
+            codes * scales + parts["offsets"].double()[parts["group"]])
+        owed = parts["feedback"].double().triu(1).T @ errors.double()
+        reach = max(float(value.abs().max()), float(errors.abs().max()), 2**bits * float(scales.max()))
+        unlike = float((codes != solve_block_torch(**parts)[0]).double().mean())
+        row = {"kernel": "solve_block", "shape": f"{columns}x{rows} g{group_size} {bits} bits{' codebook' * codebook}"}
+        off = finite(float((parts["residual"] - owed - value - errors).abs().max()) / reach)
+        result += [row | {"case": "errors", "error": off, "tolerance": SOLVER_TOLERANCE},
+                   row | {"case": "codes unlike the twin's", "error": unlike, "tolerance": SOLVER_CODES}]
+    return result
