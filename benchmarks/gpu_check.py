@@ -6,8 +6,9 @@
     python benchmarks/gpu_check.py --cpu            the other steps at tiny sizes, no GPU
 
 Steps: kernels (each against its torch twin), objective, hadamard, fake-quant (each timed against torch), rotation,
-quantizer (the GPU against the CPU, then times), optrot-8b (an 8B-shaped model from end to end). Imports torch,
-triton, numpy and safetensors besides this repository; installs nothing. Each step prints tables and is merged into
+quantizer (the GPU against the CPU, then times), gptq (timed against its plain loop and its products alone, and over
+8B-shaped layers), optrot-8b (a rotation of an 8B-shaped model from end to end). Imports torch, triton, numpy and
+safetensors besides this repository; installs nothing. Each step prints tables and is merged into
 benchmarks/results/gpu_check.json under its own name. Exit codes: 0 all steps passed, 1 one failed, 2 bad usage or
 no GPU.
 """
@@ -29,6 +30,7 @@ if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import gpu_8b  # noqa: E402
+import gpu_gptq  # noqa: E402
 import gpu_kernels  # noqa: E402
 import gpu_road  # noqa: E402
 import gpu_speed  # noqa: E402
@@ -47,6 +49,7 @@ IN_INTERPRETER: dict[str, Callable[[str], dict]] = {
 ON_CPU: dict[str, Callable[[str], dict]] = {
     "rotation": gpu_road.rotation_step,
     "quantizer": gpu_road.quantizer_step,
+    "gptq": gpu_gptq.gptq_step,
     "optrot-8b": gpu_8b.optrot_8b_step,
 }
 STEPS = IN_INTERPRETER | ON_CPU
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         start = time.perf_counter()
         result = STEPS[name]("cpu" if without_gpu else "cuda")
         result |= {"seconds": round(time.perf_counter() - start, 1), "environment": environment()}
-        for table in ("worst", "checks", "timings", "rows"):
+        for table in ("worst", "checks", "timings", "rows", "hessian"):
             if table in result:
                 print_table(result[table])
         merge(args.out, name, result)

@@ -30,7 +30,8 @@ def test_kernels_steps_in_the_interpreter(tmp_path):
     assert set(steps) == {"rotation", "kernels", "objective", "hadamard", "fake-quant"}
     assert steps["rotation"] == {"rows": []}  # other steps' results stay
     assert steps["kernels"]["passed"] and steps["kernels"]["cases"] > 400
-    assert {row["kernel"] for row in steps["kernels"]["worst"]} == {"fourth_power", "block_hadamard", "fake_quantize"}
+    assert {row["kernel"] for row in steps["kernels"]["worst"]} == {"fourth_power", "block_hadamard", "fake_quantize",
+                                                              "solve_block"}
     for name in ("objective", "hadamard", "fake-quant"):
         times = [value for row in steps[name]["rows"] for key, value in row.items() if key.startswith("kernel")]
         assert len(times) > 3 and min(time for time in times if time is not None) > 0
@@ -43,6 +44,8 @@ def test_kernels_steps_in_the_interpreter(tmp_path):
     ("block_hadamard_triton", "lambda r: r.mul_(1.0001)", "block_hadamard"),
     ("block_hadamard_triton", "lambda r: r.mul_(float('nan'))", "'error': inf"),
     ("fake_quantize_triton", "lambda r: isinstance(r, tuple) and r[1].mul_(1.0001)", "fake_quantize"),
+    ("solve_block_triton", "lambda r: r[1].mul_(1.001)", "'case': 'errors'"),
+    ("solve_block_triton", "lambda r: r[0][::9].bitwise_xor_(1)", "unlike the twin"),
 ])
 def test_a_wrong_kernel_fails_the_run(name, fault, shown, tmp_path):
     program = f"""
@@ -80,6 +83,14 @@ def test_a_contender_that_cannot_run_is_named_and_a_kernel_that_cannot_run_is_an
         gpu_speed.milliseconds("cpu", {"kernel": broken})
 
 
+def test_gptqs_bars_fail_what_is_too_slow(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_gptq
+
+    assert [row["passed"] for row in gpu_gptq.bars("a", {"over_plain": 20.0, "over_products": 3.0})] == [True, True]
+    assert [row["passed"] for row in gpu_gptq.bars("a", {"over_plain": 19.9, "over_products": 3.1})] == [False, False]
+
+
 ROAD = f"""
 import sys
 class Absent:
@@ -88,7 +99,7 @@ class Absent:
             raise ModuleNotFoundError(name + ' is not installed here', name=name)
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-import gpu_check, gpu_road, gpu_8b
+import gpu_check, gpu_road, gpu_8b, gpu_gptq
 """
 
 
@@ -99,12 +110,12 @@ def test_road_steps_need_torch_triton_numpy_and_safetensors_only(tmp_path):
     run = python("-c", ROAD + f"sys.exit(gpu_check.main(['--cpu', '--out', {str(out)!r}]))")
     assert run.returncode == 0, run.stdout + run.stderr
     steps = json.loads(out.read_text())
-    assert set(steps) == {"objective", "rotation", "quantizer", "optrot-8b"}
-    for name, checks in (("rotation", 10), ("quantizer", 11), ("optrot-8b", 6)):
+    assert set(steps) == {"objective", "rotation", "quantizer", "gptq", "optrot-8b"}
+    for name, checks in (("rotation", 10), ("quantizer", 11), ("gptq", 1), ("optrot-8b", 6)):
         assert steps[name]["passed"] and len(steps[name]["checks"]) == checks
         timings = [value for row in steps[name]["timings"] for key, value in row.items()
                    if key.endswith(("ms", "seconds"))]
-        assert len(timings) > 4 and min(timings) > 0
+        assert len(timings) > 2 and min(timings) > 0
 
 
 # What the device's side of the comparison does wrong, with the call of each pair that is the device's.
@@ -121,6 +132,9 @@ FAULTS = {
         (1, "Grid.fit", "lambda r: r.scales[0].mul_(1.01)", "share of equal scales"),
         (1, "gptq", "lambda r: r[0].bitwise_xor_(1)", "GPTQ's output error"),
         (1, "QuantizerOptions", "lambda r: setattr(r, 'method', 'rtn')", "SequentialQuantizer"),
+    ],
+    "gptq": [
+        (1, "gptq", "lambda r: r[0].bitwise_xor_(1)", "output error against the plain loop's"),
     ],
     "optrot-8b": [
         (0, "learn", "lambda r: r.recipe.update(loss=r.recipe['loss'] * 1.001)", "loss against the fused weights'"),
@@ -149,7 +163,7 @@ def spoil(owner, name, turn, fault):
 gpu_road.learning_times = gpu_road.quantizing_times = lambda device: [{{'what': 'skipped'}}]
 for turn, path, fault, shown in {FAULTS[step]!r}:
     *owner, name = path.split('.')
-    module = gpu_8b if {step!r} == 'optrot-8b' else gpu_road
+    module = {{'optrot-8b': gpu_8b, 'gptq': gpu_gptq}}.get({step!r}, gpu_road)
     owner = getattr(module, owner[0]) if owner else module
     sound = spoil(owner, name, turn, eval(fault))
     print('fault', shown, gpu_check.main(['--cpu', {step!r}, '--out', {str(tmp_path / "out.json")!r}]))
