@@ -1,5 +1,6 @@
 """GPTQ: against a column-by-column reference, against rounding, and the RTN bound."""
 
+import dataclasses
 import math
 
 import pytest
@@ -46,6 +47,44 @@ def test_codes_equal_the_column_by_column_reference(name):
         grid = Grid(name)
         params = grid.fit(w, h.diagonal())
         assert torch.equal(gptq(w, prepare_hessian(h), grid, params), reference_gptq(w, h, grid, params))
+
+
+@pytest.mark.parametrize("name", ["int4-g16-sym", "int3-g64-min", "q4_1", "int4-g64-zero"])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_blocks_and_groups_of_any_size(name, act_order):
+    """320 columns: two whole blocks and a half; groups within and across them."""
+    w, h = problem(5, rows=7, columns=320)
+    w[2] = 0
+    w[:, 64:128] = 0  # whole groups of zeros: their scale is 0
+    grid = Grid(name)
+    params = grid.fit(w, h.diagonal())
+    prepared = prepare_hessian(h, act_order=act_order)
+    codes = gptq(w, prepared, grid, params)
+    if act_order:
+        expected = reference_gptq(w, h, grid, params)
+        assert torch.equal(codes, expected)
+    upper, order = prepared.upper, prepared.order
+    damped = h[order][:, order] + 0.01 * h.diagonal().mean() * torch.eye(320, dtype=torch.float64)
+    assert (upper @ damped @ upper.T - torch.eye(320, dtype=torch.float64)).abs().max() < 1e-10
+    assert torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
+    neutral = grid.codes_of(torch.zeros_like(params.scales), params.scales, params.offsets).to(torch.uint8)
+    empty = params.scales == 0
+    spread = lambda part: part.repeat_interleave(grid.spec.group_size, 1)  # noqa: E731
+    assert torch.equal(codes[spread(empty)], spread(neutral)[spread(empty)])
+
+
+def test_float32_factor_costs_nothing():
+    """What a GPU works in: the squared output error stays the same."""
+    for seed in range(5):
+        w, h = problem(seed, rows=64, columns=192)
+        prepared = prepare_hessian(h)
+        narrow = dataclasses.replace(prepared, upper=prepared.upper.float())
+        for name in ("q4_0", "q4_1", "q8_0"):
+            grid = Grid(name)
+            params = grid.fit(w, h.diagonal())
+            wide, rounded = (output_error((w - grid.decode(gptq(w, p, grid, params), params)).double(), h)
+                             for p in (prepared, narrow))
+            assert rounded == pytest.approx(wide, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1"])
