@@ -98,7 +98,7 @@ def gptq(weight: torch.Tensor, prepared: PreparedHessian, grid: Grid, params: Gr
     upper, order = prepared.upper, prepared.order
     work = torch.float32 if upper.is_cuda else upper.dtype
     columns, device = weight.shape[1], upper.device
-    residual = weight.to(device, work).T[order].contiguous()  # [in, out]: a column is contiguous
+    residual = weight.to(device).to(work).T[order].contiguous()  # [in, out]: a column is contiguous
     residual[prepared.dead[order]] = 0
     scales, offsets = (None if part is None else part.to(device) for part in params.columns())
     # A codebook's levels; every other grid is offset + scale · code, the offset being what code 0 stands for.
