@@ -13,7 +13,7 @@ from gguf.utility import size_label
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
-from optrot_edge.exporters.gguf_blocks import BLOCK, check_grid
+from optrot_edge.exporters.gguf_blocks import check_grid
 from optrot_edge.exporters.gguf_entries import Entries, f32, read_entries, string, u32
 from optrot_edge.exporters.gguf_vocab import vocabulary
 from optrot_edge.models.config import ModelConfig
@@ -22,6 +22,8 @@ from optrot_edge.models.family import Family, get_family
 ROPE_FREQS = "rope_freqs.weight"
 _RECOMPUTED = {f"general.{key}" for key in ("architecture", "type", "name", "size_label", "file_type",
                                             "quantization_version", "alignment", "quantized_by")}
+# "S": all matrices of one type, which is what the llama.cpp mixes of that name come nearest to.
+_FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S", "MXFP4": "MXFP4_MOE"}
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ def _planned(checkpoint: QuantizedCheckpoint, family: Family, config: ModelConfi
     if "grid" in stored:
         spec = grid_spec(stored["grid"])
         check_grid(spec, source)
-        if len(shape) != 2 or shape[1] % BLOCK:
+        if len(shape) != 2 or shape[1] % spec.block_size:
             raise InputError(f"{source} {list(shape)} cannot be {spec.name}: "
-                             f"its rows must be a multiple of {BLOCK}")
+                             f"its rows must be a multiple of {spec.block_size}")
         kind = GGMLQuantizationType[spec.name.upper()]
     elif stored["dtype"] not in ("float32", "float16"):
         raise InputError(f"{source} is {stored['dtype']}; floats must be float32 or float16")
@@ -179,7 +181,9 @@ def _file_type(tensors: list[PlannedTensor]) -> LlamaFileType:
         if tensor.source.startswith("layers.") and len(tensor.shape) == 2:
             sizes[tensor.type] += prod(tensor.shape)
     kind = sizes.most_common(1)[0][0].name
-    return LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
+    if kind == "F32":
+        return LlamaFileType.ALL_F32
+    return LlamaFileType["MOSTLY_" + _FILE_TYPES.get(kind, kind)]
 
 
 def _general_entries(plan: Plan, folder: Path, name: str | None, config: ModelConfig) -> Entries:

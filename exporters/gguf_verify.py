@@ -20,7 +20,7 @@ def verify_gguf(path: Path, checkpoint: QuantizedCheckpoint, plan: Plan, *,
                 progress: Callable[[int, int, str], None] | None = None) -> None:
     """Compare every key and every tensor of the file at `path` with `plan` and `checkpoint`.
 
-    Codes, scales and mins must be equal (the row order of q and k undone), and gguf-py's own
+    Codes, scales, mins and integer scales must be equal (the row order of q and k undone), and gguf-py's own
     dequantiser must give exactly `QuantizedTensor.decode()`. Raises RuntimeError at the first
     difference: the export itself is at fault, not its input.
     """
@@ -54,22 +54,19 @@ def _difference(written: gguf.ReaderTensor, planned: PlannedTensor, checkpoint: 
     if not isinstance(expected, QuantizedTensor):
         return None if np.array_equal(data, expected) else "values"
     found = unpack(data, expected.spec, planned.shape)
-    if not np.array_equal(found.codes, expected.codes):
-        return "codes"
-    if not _same_bits(found.scales, expected.scales):
-        return "scales"
-    if expected.offsets is not None and not _same_bits(found.offsets, expected.offsets):
-        return "mins"
+    parts = found.parts()
+    for name, part in expected.parts().items():
+        if not _same_bits(parts[name], part):
+            return name
     step = max(1, _CHUNK // planned.shape[1])
     for start in range(0, planned.shape[0], step):
         part = slice(start, start + step)
-        offsets = None if expected.offsets is None else expected.offsets[part]
-        ours = QuantizedTensor(expected.spec, expected.codes[part], expected.scales[part], offsets).decode()
-        if not np.array_equal(gguf.quants.dequantize(data[part], planned.type), ours):
+        if not np.array_equal(gguf.quants.dequantize(data[part], planned.type), expected.rows(part).decode()):
             return "dequantised weights"
     return None
 
 
 def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Equal float16 arrays, the sign of zero included."""
-    return np.array_equal(left.view(np.uint16), right.view(np.uint16))
+    """Equal arrays, the sign of zero included."""
+    kind = f"u{left.dtype.itemsize}"
+    return left.dtype == right.dtype and np.array_equal(left.view(kind), right.view(kind))

@@ -2,15 +2,15 @@
 
 A folder holding `optrot.json` (the manifest) and safetensors files, one per decoder layer and one
 for the rest. A quantised tensor `NAME` is stored as `NAME.codes` (uint8 [out, in]),
-`NAME.scales` and, for grids with an offset, `NAME.mins` or `NAME.zeros` ([out, in / group_size]).
-Scales and mins already have the precision that the target format stores. A float tensor is stored
-under its own name. Needs numpy and safetensors only.
+`NAME.scales` and, for grids with an offset, `NAME.mins` or `NAME.zeros` ([out, in / block_size]); grids of
+two levels (K-quants) have integers `NAME.subscales` and `NAME.submins` ([out, in / group_size]) besides.
+Scales and mins already have the precision that the target format stores (bfloat16 and E8M0 as their bits).
+A float tensor is stored under its own name. Needs numpy and safetensors only.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,89 +20,70 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from optrot_edge.errors import InputError
+from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS, STORED_DTYPES, GridSpec, decode_scales, grid_spec
 
+__all__ = ["FLOAT_TYPES", "GGUF_GRIDS", "MANIFEST", "CheckpointWriter", "GridSpec", "QuantizedCheckpoint",
+           "QuantizedTensor", "chosen_by_auto", "grid_spec"]
 MANIFEST = "optrot.json"
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class GridSpec:
-    """The levels a format can store.
-
-    `kind`: "symmetric" `s·(q − 2^(bits−1))`, "min" `s·q + m` (float min), or "zero" `s·(q − z)`
-    (integer zero-point). `scale_dtype` is the stored precision of scales and mins.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    kind: str
-    scale_dtype: str = "float16"
-
-    @property
-    def levels(self) -> int:
-        """Number of codes."""
-        return 2**self.bits
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales and offsets included."""
-        scale = np.dtype(self.scale_dtype).itemsize * 8
-        offset = {"symmetric": 0, "min": scale, "zero": self.bits}[self.kind]
-        return self.bits + (scale + offset) / self.group_size
-
-    @property
-    def offset_name(self) -> str | None:
-        """Suffix of the stored offset tensor: "mins", "zeros" or None."""
-        return {"symmetric": None, "min": "mins", "zero": "zeros"}[self.kind]
-
-
-GGUF_GRIDS = {
-    "q4_0": GridSpec("q4_0", 4, 32, "symmetric"),
-    "q4_1": GridSpec("q4_1", 4, 32, "min"),
-    "q5_0": GridSpec("q5_0", 5, 32, "symmetric"),
-    "q5_1": GridSpec("q5_1", 5, 32, "min"),
-    "q8_0": GridSpec("q8_0", 8, 32, "symmetric"),
-}
-FLOAT_TYPES = ("f32", "f16")
-
-
-def grid_spec(name: str) -> GridSpec:
-    """The grid of that name: a GGUF type, or `int{2..8}-g{group}-{sym|zero|min}`.
-
-    Raises InputError for an unknown name.
-    """
-    name = name.lower()
-    if name in GGUF_GRIDS:
-        return GGUF_GRIDS[name]
-    match = re.fullmatch(r"int([2-8])-g([1-9]\d*)-(sym|zero|min)", name)
-    if not match:
-        raise InputError(f"unknown grid {name!r}; use one of {', '.join(GGUF_GRIDS)}, "
-                         "or int{2..8}-g{group}-{sym|zero|min} such as int4-g128-sym")
-    kind = {"sym": "symmetric", "zero": "zero", "min": "min"}[match[3]]
-    return GridSpec(name, int(match[1]), int(match[2]), kind, "float32")
-
-
 @dataclass
 class QuantizedTensor:
-    """Codes uint8 [out, in] on `spec`'s grid; scales and offsets [out, in / group_size]."""
+    """Codes uint8 [out, in] on `spec`'s grid and its parameters as stored.
+
+    `scales` and `offsets` (mins or zero-points) are [out, in / block_size], in `spec`'s stored dtype; grids with two
+    levels have integer `subscales` and (kind "min") `suboffsets` [out, in / group_size] besides.
+    """
 
     spec: GridSpec
     codes: np.ndarray
     scales: np.ndarray
     offsets: np.ndarray | None = None
+    subscales: np.ndarray | None = None
+    suboffsets: np.ndarray | None = None
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """What is stored, by the suffix of its name in the checkpoint."""
+        spec = self.spec
+        named = {"codes": self.codes, "scales": self.scales, "subscales": self.subscales}
+        if spec.offset_name:
+            named |= {spec.offset_name: self.offsets, f"sub{spec.offset_name}": self.suboffsets}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def rows(self, rows: slice) -> QuantizedTensor:
+        """The tensor of some rows."""
+        return QuantizedTensor(self.spec, *(None if part is None else part[rows] for part in (
+            self.codes, self.scales, self.offsets, self.subscales, self.suboffsets)))
+
+    def group_parameters(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """float32 scale and offset [out, in / group_size] of every group."""
+        scales, offsets = decode_scales(self.scales, self.spec.scale_dtype), self.offsets
+        if offsets is not None:
+            offsets = (offsets.astype(np.float32) if self.spec.kind == "zero"
+                       else decode_scales(offsets, self.spec.scale_dtype))
+        if self.subscales is None:
+            return scales, offsets
+        repeats = self.spec.block_size // self.spec.group_size
+        scales = np.repeat(scales, repeats, 1) * self.subscales.astype(np.float32)
+        if offsets is not None:
+            offsets = -(np.repeat(offsets, repeats, 1) * self.suboffsets.astype(np.float32))
+        return scales, offsets
 
     def decode(self) -> np.ndarray:
         """Weights as float32 [out, in], in the arithmetic of llama.cpp's dequantisers."""
         rows, columns = self.codes.shape
-        codes = self.codes.reshape(rows, -1, self.spec.group_size).astype(np.float32)
-        scales = self.scales.astype(np.float32)[..., None]
-        if self.spec.kind == "symmetric":
-            values = (codes - self.spec.levels // 2) * scales
+        codes = self.codes.reshape(rows, -1, self.spec.group_size)
+        scales, offsets = self.group_parameters()
+        scales = scales[..., None]
+        if self.spec.kind == "codebook":
+            values = np.array(self.spec.codebook, np.float32)[codes] * scales
+        elif self.spec.kind == "symmetric":
+            values = (codes.astype(np.float32) - self.spec.levels // 2) * scales
         elif self.spec.kind == "zero":
-            values = (codes - self.offsets.astype(np.float32)[..., None]) * scales
+            values = (codes.astype(np.float32) - offsets[..., None]) * scales
         else:
-            values = codes * scales + self.offsets.astype(np.float32)[..., None]
+            values = codes.astype(np.float32) * scales + offsets[..., None]
         return values.reshape(rows, columns)
 
 
@@ -152,9 +133,7 @@ class CheckpointWriter:
             entry = {"file": f"{shard}.safetensors"}
             if isinstance(tensor, QuantizedTensor):
                 entry |= {"grid": tensor.spec.name, "shape": list(tensor.codes.shape)}
-                flat[f"{name}.codes"], flat[f"{name}.scales"] = tensor.codes, tensor.scales
-                if tensor.offsets is not None:
-                    flat[f"{name}.{tensor.spec.offset_name}"] = tensor.offsets
+                flat |= {f"{name}.{part}": array for part, array in tensor.parts().items()}
             else:
                 entry |= {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
                 flat[name] = tensor
@@ -229,14 +208,29 @@ class QuantizedCheckpoint:
             _require(tensor, shape, entry["dtype"])
             return tensor
         spec = grid_spec(entry["grid"])
-        codes, scales = handle.get_tensor(f"{name}.codes"), handle.get_tensor(f"{name}.scales")
-        offsets = handle.get_tensor(f"{name}.{spec.offset_name}") if spec.offset_name else None
-        per_group = (shape[0], shape[1] // spec.group_size)
-        _require(codes, shape, "uint8")
-        _require(scales, per_group, spec.scale_dtype)
-        if offsets is not None:
-            _require(offsets, per_group, "uint8" if spec.kind == "zero" else spec.scale_dtype)
-        return QuantizedTensor(spec, codes, scales, offsets)
+        if len(shape) != 2 or shape[1] % spec.block_size:
+            raise ValueError(f"{list(shape)} does not divide into {spec.name}'s blocks of {spec.block_size}")
+        per_block, per_group = (shape[0], shape[1] // spec.block_size), (shape[0], shape[1] // spec.group_size)
+
+        def read(part: str | None, wanted: tuple[int, int], dtype: str):
+            array = None if part is None else handle.get_tensor(f"{name}.{part}")
+            if array is not None:
+                _require(array, wanted, dtype)
+            return array
+
+        stored = STORED_DTYPES[spec.scale_dtype]
+        codes, scales = read("codes", shape, "uint8"), read("scales", per_block, stored)
+        if codes.max(initial=0) >= spec.levels:
+            raise ValueError(f"a code of {codes.max()} where {spec.name} has {spec.levels} levels")
+        offsets = read(spec.offset_name, per_block, "uint8" if spec.kind == "zero" else stored)
+        if not spec.subscales:
+            return QuantizedTensor(spec, codes, scales, offsets)
+        subscales = read("subscales", per_group, spec.subscale_dtype)
+        suboffsets = read("submins" if spec.kind == "min" else None, per_group, spec.subscale_dtype)
+        for integers in (subscales, suboffsets):
+            if integers is not None and not spec.subscales[0] <= integers.min() <= integers.max() <= spec.subscales[1]:
+                raise ValueError(f"integer scales beyond {spec.name}'s {list(spec.subscales)}")
+        return QuantizedTensor(spec, codes, scales, offsets, subscales, suboffsets)
 
     def weights(self, name: str) -> np.ndarray:
         """The tensor as float32, decoded when it is quantised."""

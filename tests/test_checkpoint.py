@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 
@@ -13,27 +14,15 @@ from optrot_edge.checkpoint import (
     GGUF_GRIDS,
     CheckpointWriter,
     QuantizedCheckpoint,
-    QuantizedTensor,
     grid_spec,
 )
 from optrot_edge.errors import InputError
+from optrot_edge.gridspec import decode_scales, encode_scales
+from tests.stored_tensors import random_tensor
 
-GRIDS = [*GGUF_GRIDS, "int2-g16-min", "int3-g32-zero", "int4-g32-sym", "int8-g64-zero"]
+GRIDS = [*GGUF_GRIDS, "int2-g16-min", "int3-g32-zero", "int4-g32-sym", "int8-g64-zero", "mlx-4bit-g64",
+         "mlx-3bit-g32-bf16", "mlx-8bit-g128-f32"]
 MANIFEST = {"model": {"num_hidden_layers": 1}, "rotation": {}, "errors": {}}
-
-
-def random_tensor(grid: str, rows: int = 8, columns: int = 128) -> QuantizedTensor:
-    """Random codes and parameters in the stored dtypes of `grid`."""
-    spec, rng = grid_spec(grid), np.random.default_rng(0)
-    codes = rng.integers(0, spec.levels, (rows, columns), dtype=np.uint8)
-    shape = (rows, columns // spec.group_size)
-    scales = rng.random(shape).astype(spec.scale_dtype)
-    offsets = None
-    if spec.kind == "min":
-        offsets = (-rng.random(shape)).astype(spec.scale_dtype)
-    elif spec.kind == "zero":
-        offsets = rng.integers(0, spec.levels, shape, dtype=np.uint8)
-    return QuantizedTensor(spec, codes, scales, offsets)
 
 
 def write(path, tensors, **options):
@@ -45,19 +34,18 @@ def write(path, tensors, **options):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_round_trip(grid, tmp_path):
-    tensor, plain = random_tensor(grid), np.linspace(-1, 1, 12, dtype=np.float16).reshape(3, 4)
+    tensor, plain = random_tensor(grid, 8, 4), np.linspace(-1, 1, 12, dtype=np.float16).reshape(3, 4)
     path = write(tmp_path / "c", {"a": {"w": tensor}, "b": {"plain": plain}})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
     checkpoint = QuantizedCheckpoint(path)
     assert checkpoint.names == ["w", "plain"] and "w" in checkpoint and "v" not in checkpoint
     read = checkpoint.get("w")
     assert read.spec == grid_spec(grid)
-    for ours, theirs in ((read.codes, tensor.codes), (read.scales, tensor.scales), (read.offsets, tensor.offsets)):
-        if theirs is None:
-            assert ours is None
-            continue
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = read.parts(), tensor.parts()
+    assert ours.keys() == theirs.keys()
+    for name, part in theirs.items():
+        assert ours[name].dtype == part.dtype
+        np.testing.assert_array_equal(ours[name], part)
     np.testing.assert_array_equal(checkpoint.get("plain"), plain)
     assert checkpoint.get("plain").dtype == np.float16 and checkpoint.weights("plain").dtype == np.float32
     np.testing.assert_array_equal(checkpoint.weights("w"), tensor.decode())
@@ -65,19 +53,53 @@ def test_round_trip(grid, tmp_path):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_decoding_is_the_definition(grid):
-    """Scalar by scalar, from the definition of the three kinds of grid."""
-    tensor = random_tensor(grid, rows=2)
+    """Scalar by scalar, from the definition of the kinds of grid, in float32."""
+    tensor = random_tensor(grid, 2, 2)
     spec, decoded = tensor.spec, tensor.decode()
+    scales = decode_scales(tensor.scales, spec.scale_dtype)
     for i, j in np.ndindex(decoded.shape):
-        code, scale = np.float32(tensor.codes[i, j]), np.float32(tensor.scales[i, j // spec.group_size])
-        offset = None if tensor.offsets is None else np.float32(tensor.offsets[i, j // spec.group_size])
-        value = {"symmetric": lambda c=code, s=scale, o=offset, h=2 ** (spec.bits - 1): (c - np.float32(h)) * s,
-                 "min": lambda c=code, s=scale, o=offset: c * s + o,
-                 "zero": lambda c=code, s=scale, o=offset: (c - o) * s}[spec.kind]()
+        block, group, code = j // spec.block_size, j // spec.group_size, tensor.codes[i, j]
+        scale, offset = scales[i, block], None
+        if spec.kind == "min":
+            offset = decode_scales(tensor.offsets, spec.scale_dtype)[i, block]
+        elif spec.kind == "zero":
+            offset = np.float32(tensor.offsets[i, block])
+        if spec.subscales:
+            scale = scale * np.float32(tensor.subscales[i, group])
+            offset = None if offset is None else -(offset * np.float32(tensor.suboffsets[i, group]))
+        value = {"symmetric": lambda q: (np.float32(q) - np.float32(2 ** (spec.bits - 1))) * scale,  # noqa: B023
+                 "codebook": lambda q: np.float32(spec.codebook[q]) * scale,  # noqa: B023
+                 "min": lambda q: np.float32(q) * scale + offset,  # noqa: B023
+                 "zero": lambda q: (np.float32(q) - offset) * scale}[spec.kind](code)  # noqa: B023
         assert decoded[i, j] == value
 
 
-@pytest.mark.parametrize("name", ["q3_k", "int9-g32-sym", "int4-g0-sym", "int4-g32-odd", ""])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "e8m0"])
+def test_stored_scales_decode_to_what_was_encoded(dtype):
+    values = np.float32(2.0) ** np.arange(-127, 128)
+    if dtype == "float16":
+        values = values[(values >= 2.0**-24) & (values < 2.0**16)]
+    stored = encode_scales(values, dtype)
+    np.testing.assert_array_equal(decode_scales(stored, dtype), values)
+    if dtype == "e8m0":
+        assert stored.tolist() == list(range(255))
+    elif dtype != "float16":
+        odd = np.float32([0.0, -0.0, -1.0078125, 3.140625, 1e-38])
+        odd = odd if dtype == "float32" else (odd.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        np.testing.assert_array_equal(decode_scales(encode_scales(odd, dtype), dtype).view(np.uint32),
+                                      odd.view(np.uint32))
+
+
+@pytest.mark.parametrize(("name", "bits"), [
+    ("q2_k", 2.625), ("q3_k", 3.4375), ("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625), ("iq4_nl", 4.5),
+    ("iq4_xs", 4.25), ("mxfp4", 4.25), ("q4_0", 4.5), ("q5_1", 6.0), ("mlx-4bit-g64", 4.5), ("mlx-4bit-g64-f32", 5.0),
+    ("mlx-3bit-g32-bf16", 4.0), ("int4-g32-zero", 5.125)])
+def test_bits_per_weight(name, bits):
+    assert grid_spec(name).bits_per_weight == bits
+
+
+@pytest.mark.parametrize("name", ["q3_k_m", "q1_k", "mlx-7bit-g64", "mlx-4bit-g16", "mlx-4bit-g64-f64",
+                                  "int9-g32-sym", "int4-g0-sym", "int4-g32-odd", ""])
 def test_unknown_grids(name):
     with pytest.raises(InputError, match="unknown grid"):
         grid_spec(name)
@@ -85,7 +107,7 @@ def test_unknown_grids(name):
 
 @pytest.fixture
 def saved(tmp_path):
-    return write(tmp_path / "c", {"a": {"w": random_tensor("q4_1")}, "b": {"plain": np.ones(3, np.float32)}})
+    return write(tmp_path / "c", {"a": {"w": random_tensor("q4_1", 8, 4)}, "b": {"plain": np.ones(3, np.float32)}})
 
 
 def test_missing_and_truncated_shards(saved):
@@ -114,6 +136,19 @@ def test_a_shard_that_contradicts_the_manifest(saved, change):
 def edit(saved, **changes):
     manifest = json.loads((saved / "optrot.json").read_text()) | changes
     (saved / "optrot.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("grid", "change"), [
+    ("q4_k", {"subscales": np.full((2, 8), 64, np.uint8)}), ("q4_k", {"subscales": None}),
+    ("q2_k", {"suboffsets": np.zeros((2, 8), np.uint8)}), ("q3_k", {"subscales": np.zeros((2, 16), np.uint8)}),
+    ("q6_k", {"scales": np.zeros((2, 16), np.float16)}), ("mxfp4", {"codes": np.full((2, 256), 15, np.uint8)}),
+    ("iq4_xs", {"codes": np.zeros((2, 255), np.uint8)}),
+    ("mlx-4bit-g64-bf16", {"scales": np.zeros((2, 4), np.float16)})])
+def test_damage_in_a_grid_of_two_levels(grid, change, tmp_path):
+    good = random_tensor(grid, 2, 256 // grid_spec(grid).block_size)
+    path = write(tmp_path / "c", {"a": {"w": dataclasses.replace(good, **change)}})
+    with pytest.raises(InputError, match="w is damaged|is missing or damaged"):
+        QuantizedCheckpoint(path).get("w")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
@@ -153,7 +188,7 @@ def test_unknown_tensor(saved):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_nothing(tmp_path, error):
     with pytest.raises(error), CheckpointWriter(tmp_path / "c") as writer:
-        writer.write_shard("a", {"w": random_tensor("q8_0")})
+        writer.write_shard("a", {"w": random_tensor("q8_0", 8, 4)})
         assert list(tmp_path.iterdir())
         raise error
     assert not list(tmp_path.iterdir())
@@ -162,7 +197,7 @@ def test_an_error_leaves_nothing(tmp_path, error):
 def test_an_error_keeps_the_old_checkpoint(saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(KeyboardInterrupt), CheckpointWriter(saved, overwrite=True) as writer:
-        writer.write_shard("z", {"w": random_tensor("q8_0")})
+        writer.write_shard("z", {"w": random_tensor("q8_0", 8, 4)})
         raise KeyboardInterrupt
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["c"]
@@ -198,7 +233,7 @@ def test_overwriting_spares_what_is_no_checkpoint(tmp_path):
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
     (tmp_path / "c.partial").mkdir()
     (tmp_path / "c.partial" / "old.safetensors").write_text("")
-    path = write(tmp_path / "c", {"a": {"w": random_tensor("q4_0")}})
+    path = write(tmp_path / "c", {"a": {"w": random_tensor("q4_0", 8, 4)}})
     assert sorted(p.name for p in path.iterdir()) == ["a.safetensors", "optrot.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
