@@ -5,17 +5,21 @@
 square (measured against 0.5, 1 and ∞ of it: flat within 1 % of GPTQ's held-out loss); for
 each candidate step the best scale (and offset) has a closed form, and the winner is polished by
 alternating rounding and least squares before its scale is rounded to the stored precision.
+Codebooks are searched in `codebooks`, grids of two levels in `kquants`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from optrot_edge.checkpoint import GridSpec, QuantizedTensor, grid_spec
 from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
+from optrot_edge.gridspec import encode_scales
+from optrot_edge.quantize.codebooks import Codebook
+from optrot_edge.quantize.kquants import fit_super_blocks
 
 CPU_CHUNK = 2**12  # blocks of 32 searched at once: keeps a few temporaries of 512 KiB inside the cache
 GPU_CHUNK = 2**18  # enough work for every launch, at 32 MiB per temporary
@@ -24,13 +28,15 @@ POLISH = 3  # rounds of alternating least squares after the search
 
 @dataclass
 class GridParams:
-    """Frozen parameters: scales and offsets [out, groups], float32 holding stored-precision values.
+    """Frozen parameters: scales and offsets [out, groups], float32 holding what the stored values decode to.
 
-    `offsets` is None ("symmetric"), float mins ("min") or integer zero-points ("zero").
+    `offsets` is None ("symmetric", "codebook"), float mins ("min") or integer zero-points ("zero"). `stored` has what
+    grids of two levels keep instead: scales, offsets [out, in / 256] and integer subscales, suboffsets [out, groups].
     """
 
     scales: torch.Tensor
     offsets: torch.Tensor | None = None
+    stored: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def columns(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Transposed copies [groups, out] in float64, as the column-by-column quantiser reads them."""
@@ -38,23 +44,51 @@ class GridParams:
         turn = lambda t: None if t is None else t.T.to(dtype).contiguous()  # noqa: E731
         return turn(self.scales), turn(self.offsets)
 
+    def rows(self, rows: slice) -> GridParams:
+        """The parameters of some rows."""
+        return GridParams(self.scales[rows], None if self.offsets is None else self.offsets[rows],
+                          {name: part[rows] for name, part in self.stored.items()})
+
+    @classmethod
+    def join(cls, parts: list[GridParams]) -> GridParams:
+        """Row chunks put together again."""
+        offsets = None if parts[0].offsets is None else torch.cat([part.offsets for part in parts])
+        return cls(torch.cat([part.scales for part in parts]), offsets,
+                   {name: torch.cat([part.stored[name] for part in parts]) for name in parts[0].stored})
+
+    @classmethod
+    def of_two_levels(cls, stored: dict[str, torch.Tensor]) -> GridParams:
+        """Decoded parameters of `stored` (float32), exactly: a float16 times an integer fits float32."""
+        def expand(name: str) -> torch.Tensor:
+            integers = stored[f"sub{name}"]
+            repeats = integers.shape[1] // stored[name].shape[1]
+            return stored[name].repeat_interleave(repeats, 1) * integers
+
+        return cls(expand("scales"), -expand("offsets") if "offsets" in stored else None, stored)
+
 
 class Grid:
     """One storable grid; see GridSpec for its levels."""
 
-    def __init__(self, spec: GridSpec | str):
+    def __init__(self, spec: GridSpec | str, *, mins_below_zero: bool = False):
+        """`mins_below_zero`: `fit` finds no min above zero, as K-quants cannot store one."""
         self.spec = grid_spec(spec) if isinstance(spec, str) else spec
+        self.mins_below_zero = mins_below_zero
         self.top = self.spec.levels - 1
-        self.center = self.spec.levels // 2
+        self.codebook = Codebook(self.spec.codebook) if self.spec.codebook else None
+        self.center = self.codebook.center if self.codebook else self.spec.levels // 2
 
     def check_width(self, columns: int, name: str = "weight") -> None:
-        """InputError unless rows of `columns` weights divide into groups."""
-        if columns % self.spec.group_size:
+        """InputError unless rows of `columns` weights divide into blocks."""
+        if columns % self.spec.block_size:
             raise InputError(f"{name}: rows of {columns} weights do not divide into groups of "
-                             f"{self.spec.group_size} ({self.spec.name}); choose another type or group size")
+                             f"{self.spec.block_size} ({self.spec.name}); choose another type or group size")
 
     def codes_of(self, w, scale, offset) -> torch.Tensor:
         """Nearest codes (as floats) of `w` under broadcast scale and offset; scale 0 gives value 0."""
+        if self.codebook:
+            safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+            return torch.where(scale == 0, float(self.center), self.codebook.nearest(w / safe))
         # Over infinity every weight is 0 steps from the neutral code; no second pass has to put that in.
         divisor = torch.where(scale == 0, torch.inf, scale)
         if self.spec.kind == "min":
@@ -65,6 +99,8 @@ class Grid:
 
     def values_of(self, codes, scale, offset) -> torch.Tensor:
         """Decode (float) codes under broadcast scale and offset."""
+        if self.codebook:
+            return self.codebook.levels_of(codes) * scale
         if self.spec.kind == "min":
             return codes * scale + offset
         return (codes - (self.center if self.spec.kind == "symmetric" else offset)) * scale
@@ -88,12 +124,17 @@ class Grid:
 
     def pack(self, codes: torch.Tensor, params: GridParams) -> QuantizedTensor:
         """The checkpoint's tensor: numpy codes and parameters in their stored dtypes."""
-        stored = self.spec.scale_dtype
-        offsets = params.offsets
-        if offsets is not None:
-            offsets = offsets.cpu().numpy().astype("uint8" if self.spec.kind == "zero" else stored)
-        return QuantizedTensor(self.spec, codes.cpu().numpy(), params.scales.cpu().numpy().astype(stored),
-                               offsets)
+        spec = self.spec
+        parts = params.stored or {"scales": params.scales, "offsets": params.offsets}
+        parts = {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
+        for name, part in parts.items():
+            if name.startswith("sub"):
+                parts[name] = part.astype(spec.subscale_dtype)
+            elif name == "offsets" and spec.kind == "zero":
+                parts[name] = part.astype("uint8")
+            else:
+                parts[name] = encode_scales(part, spec.scale_dtype)
+        return QuantizedTensor(spec, codes.cpu().numpy(), **parts)
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> GridParams:
         """Weighted least-squares parameters for `weight` [out, in]; `importance` [in] ≥ 0 or None.
@@ -103,34 +144,49 @@ class Grid:
         weight = weight.float()
         rows, columns = weight.shape
         self.check_width(columns)
-        group = self.spec.group_size
         spread = weight.square().mean(1, keepdim=True)
-        scales = torch.empty(rows * columns // group, device=weight.device)
-        offsets = None if self.spec.kind == "symmetric" else torch.empty_like(scales)
         chunk = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
-        step = max(1, chunk * 32 // columns)
+        step, parts = max(1, chunk * 32 // columns), []
         for first in range(0, rows, step):
             part = weight[first:first + step]
             a = (4 * spread[first:first + step] + part.square()).sqrt()
             if importance is not None:
                 a = a * importance.to(a)
-            blocks, a = part.reshape(-1, group), a.reshape(-1, group)
-            scale, offset = (self._search_symmetric if self.spec.kind == "symmetric"
-                             else self._search_affine)(blocks, a)
-            place = slice(first * columns // group, first * columns // group + len(blocks))
-            scales[place] = scale
-            if offsets is not None:
-                offsets[place] = offset
-        if not scales.isfinite().all() or (offsets is not None and not offsets.isfinite().all()):
+            parts.append(self._fit_rows(part, a))
+        params = GridParams.join(parts)
+        if not params.scales.isfinite().all() or (params.offsets is not None and not params.offsets.isfinite().all()):
             raise InputError(f"the scales of {self.spec.name} overflow {self.spec.scale_dtype}; "
                              "are the weights damaged?")
-        shape = (rows, columns // group)
-        return GridParams(scales.view(shape), None if offsets is None else offsets.view(shape))
+        return params
 
-    def _store(self, value: torch.Tensor) -> torch.Tensor:
-        return value.half().float() if self.spec.scale_dtype == "float16" else value
+    def _fit_rows(self, part: torch.Tensor, a: torch.Tensor) -> GridParams:
+        rows, group = len(part), self.spec.group_size
+        blocks, a = part.reshape(-1, group), a.reshape(-1, group)
+        if self.spec.subscales:
+            stored = fit_super_blocks(self, blocks, a)
+            return GridParams.of_two_levels({name: value.view(rows, -1) for name, value in stored.items()})
+        scale, offset = self.search(blocks, a)
+        return GridParams(scale.view(rows, -1), None if offset is None else offset.view(rows, -1))
 
-    def _loss(self, blocks, a, scale, offset) -> torch.Tensor:
+    def search(self, blocks: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Best scale and offset [n] at stored precision of `blocks` [n, group] under weights `a`."""
+        if self.spec.scale_dtype == "e8m0":
+            return self.codebook.search_exponent(blocks, a, self.loss), None
+        if self.codebook:
+            return self._polish(blocks, a, self.codebook.search(blocks, a), None)
+        return (self._search_affine if self.spec.is_affine else self._search_symmetric)(blocks, a)
+
+    def levels_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """What the scale multiplies: codes ("min"), codes around the centre, or the codebook's levels."""
+        if self.codebook:
+            return self.codebook.levels_of(codes)
+        return codes if self.spec.is_affine else codes - self.center
+
+    def store(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` rounded to the stored precision, as float32."""
+        return value if self.spec.scale_dtype == "float32" else value.to(getattr(torch, self.spec.scale_dtype)).float()
+
+    def loss(self, blocks, a, scale, offset) -> torch.Tensor:
         """Weighted squared error per block and the codes it was measured with."""
         offset = None if offset is None else offset[:, None]
         codes = self.codes_of(blocks, scale[:, None], offset)
@@ -159,18 +215,18 @@ class Grid:
     def _search_affine(self, blocks, a):
         """Candidates shrink or stretch the block's range about its lower end; LS fixes the rest."""
         low, high = blocks.amin(1), blocks.amax(1)
-        if self.spec.kind == "zero":
+        if self.spec.kind == "zero" or self.mins_below_zero:
             low, high = low.clamp_max(0), high.clamp_min(0)
         span = high - low
         scale, offset = self._finish(span / self.top, low)
-        best_loss, _ = self._loss(blocks, a, scale, offset)
+        best_loss, _ = self.loss(blocks, a, scale, offset)
         sums = a.sum(1), (a * blocks).sum(1)
         shifts = [-0.9 + 0.15 * k for k in range(21)] if self.spec.bits < 8 else [0.0]
         for shift in shifts:
             step = span / (self.top + shift)
             codes = self.codes_of(blocks, step[:, None], self._as_offset(step, low)[:, None])
             new_scale, new_offset = self._finish(*self._least_squares(blocks, a, codes, sums, step, low))
-            loss, _ = self._loss(blocks, a, new_scale, new_offset)
+            loss, _ = self.loss(blocks, a, new_scale, new_offset)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             scale, offset = torch.where(better, new_scale, scale), torch.where(better, new_offset, offset)
@@ -185,8 +241,8 @@ class Grid:
 
     def _finish(self, scale, low):
         """Scale and offset at stored precision."""
-        scale = self._store(scale)
-        return scale, self._store(self._as_offset(scale, low))
+        scale = self.store(scale)
+        return scale, self.store(self._as_offset(scale, low))
 
     def _least_squares(self, blocks, a, codes, sums, scale, low):
         """Best (scale, low) for fixed codes; the old ones where the 2×2 system is singular."""
@@ -203,24 +259,28 @@ class Grid:
         usable = determinant > 1e-12 * total * sum_qq
         new_scale = (total * sum_qw - sum_q * weighted) / determinant
         new_low = (sum_qq * weighted - sum_q * sum_qw) / determinant
+        if self.mins_below_zero:
+            above = new_low > 0
+            new_low = new_low.clamp_max(0)
+            new_scale = torch.where(above, sum_qw / sum_qq, new_scale)
         return torch.where(usable, new_scale, scale), torch.where(usable, new_low, low)
 
     def _polish(self, blocks, a, scale, offset):
         """Alternate rounding and least squares from stored-precision parameters; keep improvements."""
-        scale = self._store(scale)
-        best_loss, codes = self._loss(blocks, a, scale, offset)
+        scale = self.store(scale)
+        best_loss, codes = self.loss(blocks, a, scale, offset)
         sums = a.sum(1), (a * blocks).sum(1)
         for _ in range(POLISH):
             if offset is None:
-                q = codes - self.center
+                q = self.levels_of(codes)
                 square = (a * q * q).sum(1)
-                new_scale = self._store(torch.where(square > 0, (a * q * blocks).sum(1) / square, scale))
+                new_scale = self.store(torch.where(square > 0, (a * q * blocks).sum(1) / square, scale))
                 new_offset = None
             else:
                 low = offset if self.spec.kind == "min" else -offset * scale
                 new_scale, new_offset = self._finish(
                     *self._least_squares(blocks, a, codes, sums, scale, low))
-            loss, new_codes = self._loss(blocks, a, new_scale, new_offset)
+            loss, new_codes = self.loss(blocks, a, new_scale, new_offset)
             better = loss < best_loss
             if not better.any():
                 break
