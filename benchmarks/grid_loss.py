@@ -33,7 +33,7 @@ def blocks(weight: torch.Tensor, h: torch.Tensor, grid: Grid) -> tuple[torch.Ten
     """Per block Σ η² C and Σ η² D measured, n in effect, and the loss expected for every c of TRIED."""
     prepared, params = prepare_hessian(h, damp=DAMP), grid.fit(weight, h.diagonal())
     error = grid.decode(gptq(weight, prepared, grid, params), params).double() - weight
-    costs, size, affine = column_cost(h, DAMP), grid.spec.group_size, grid.spec.kind != "symmetric"
+    costs, size, affine = column_cost(h, DAMP), grid.spec.group_size, grid.spec.is_affine
     eta = torch.empty_like(error)
     eta[:, costs.order] = torch.linalg.solve_triangular(costs.inverse, error[:, costs.order], upper=True,
                                                         unitriangular=True, left=False)
@@ -71,7 +71,7 @@ def main() -> None:
                                torch.cat([x[i] for x in layers]) for i in range(3))
         expected = {c: torch.cat([x[3][c] / x[0].sum() for x in layers]) for c in TRIED}
         spreads = {c: spread(measured, e) for c, e in expected.items()}
-        used = grid_loss.FITTED["symmetric" if Grid(name).spec.kind == "symmetric" else "affine"]
+        used = grid_loss.FITTED["affine" if Grid(name).spec.is_affine else "symmetric"]
         rows.append({"grid": name, "input": kind, "blocks": len(measured), "least_n": float(n.min()),
                      "damping": 1 - float(measured.sum() / damped.sum()), "spread_0": spreads[0.0],
                      "spread": spreads[used], "best_c": min(spreads, key=spreads.get), "spreads": spreads})

@@ -95,7 +95,8 @@ def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
     if factors is not None:
         tensors.append(PlannedTensor(ROPE_FREQS, "", factors.shape, GGMLQuantizationType.F32))
     file_type = _file_type(tensors)
-    plan = Plan(family.gguf_arch, file_type, {}, tensors, factors)
+    notes = checkpoint.manifest.get("notes")
+    plan = Plan(family.gguf_arch, file_type, {}, tensors, factors, list(notes) if isinstance(notes, list) else [])
     folder = checkpoint.path / "tokenizer"
     plan.entries = (_general_entries(plan, folder, name, config)
                     | _model_entries(family.gguf_arch, config, plan.notes)

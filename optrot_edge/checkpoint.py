@@ -51,10 +51,18 @@ class QuantizedTensor:
             named |= {spec.offset_name: self.offsets, f"sub{spec.offset_name}": self.suboffsets}
         return {name: part for name, part in named.items() if part is not None}
 
+    def _arrays(self) -> tuple[np.ndarray | None, ...]:
+        return self.codes, self.scales, self.offsets, self.subscales, self.suboffsets
+
     def rows(self, rows: slice) -> QuantizedTensor:
         """The tensor of some rows."""
-        return QuantizedTensor(self.spec, *(None if part is None else part[rows] for part in (
-            self.codes, self.scales, self.offsets, self.subscales, self.suboffsets)))
+        return QuantizedTensor(self.spec, *(None if part is None else part[rows] for part in self._arrays()))
+
+    @classmethod
+    def join(cls, tensors: list[QuantizedTensor]) -> QuantizedTensor:
+        """Row chunks of one matrix put together again."""
+        columns = zip(*(tensor._arrays() for tensor in tensors), strict=True)
+        return cls(tensors[0].spec, *(None if parts[0] is None else np.concatenate(parts) for parts in columns))
 
     def group_parameters(self) -> tuple[np.ndarray, np.ndarray | None]:
         """float32 scale and offset [out, in / group_size] of every group."""

@@ -89,6 +89,7 @@ GGUF_GRIDS = {spec.name: spec for spec in (
     GridSpec("iq4_xs", 4, 32, "codebook", codebook=IQ4, subscales=(-32, 31)),
     GridSpec("mxfp4", 4, 32, "codebook", "e8m0", codebook=E2M1),
 )}
+FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 FLOAT_TYPES = ("f32", "f16")
 MLX_GROUPS = (32, 64, 128)
 MLX_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
@@ -113,6 +114,12 @@ def grid_spec(name: str) -> GridSpec:
     raise InputError(f"unknown grid {name!r}; use one of {', '.join(GGUF_GRIDS)}, "
                      "or int{2..8}-g{group}-{sym|zero|min} such as int4-g128-sym, "
                      "or mlx-{2,3,4,5,6,8}bit-g{32|64|128}[-bf16|-f32] such as mlx-4bit-g64-bf16")
+
+
+def fitting_type(kind: str, width: int) -> str:
+    """The type for rows of `width` weights where `kind` is asked for: super-blocks of 256 have a block of 32 to fall
+    back to when they do not fill the rows. The same as llama-quantize's; whoever falls back says so."""
+    return FALLBACKS[kind] if kind in FALLBACKS and width % SUPER_BLOCK else kind
 
 
 def decode_scales(stored: np.ndarray, scale_dtype: str) -> np.ndarray:

@@ -69,6 +69,7 @@ def _describe_checkpoint(path: Path, manifest: dict) -> dict:
             "scales": manifest["rotation"].get("scales", []), **chosen_by_auto(manifest),
             "quantizer": recipe["quantizer"], "calibration": recipe["calibration"], "seed": manifest["seed"],
             "bytes_packed": round(types.bits / 8), "bits_per_weight": types.bits_per_weight, "types": types.table,
+            "notes": manifest.get("notes", []),
             "damping_escalations": sum(r.get("damp_escalations", 0) for r in manifest["errors"].values()),
             "seconds": manifest["seconds"], "layers_snr_db": [entry for entry in layers if entry]}
 

@@ -54,7 +54,8 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
         fields.setdefault("rotation", "none")  # nothing is to be made
     recipe = Recipe(**fields)
     source = open_model(model)
-    check_widths(source, recipe)
+    for note in check_widths(source, recipe):
+        progress("types", 1, 1, note)
     device = resolve_device(recipe.device)
     choose = rotation is None and recipe.rotation == "auto"
     with CheckpointWriter(out, overwrite=overwrite) as writer, CalibrationInputs(
@@ -85,6 +86,7 @@ def _stored_bits(source, recipe: Recipe):
 def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: CheckpointWriter,
           progress: Progress) -> dict:
     """Quantise `source` under `rotation` into `writer`; returns the manifest."""
+    from optrot_edge.plan import check_widths
     from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
     from optrot_edge.rotations.fuse import RotatedModel
 
@@ -98,7 +100,8 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
     return {"model": rotated.config.to_dict(), "rotation": rotation.describe(),
             "recipe": dataclasses.asdict(recipe) | {"device": inputs.device}, "seed": recipe.seed,
             "calibration_sha256": inputs.text_sha256, "versions": versions(),
-            "inputs": {path.name: _sha256(path) for path in source.files}, "errors": quantizer.reports}
+            "inputs": {path.name: _sha256(path) for path in source.files}, "errors": quantizer.reports,
+            "notes": check_widths(source, recipe, rotated.config)}
 
 
 def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrite: bool = False,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.gridspec import SUPER_BLOCK, fitting_type
 
 BITS = {"f32": 32.0, "f16": 16.0}
 OVERHEAD = 400 * 2**20  # the interpreter with torch loaded
@@ -47,14 +48,14 @@ def make_plan(source, recipe, rotation) -> dict:
 
     original, config = source.config, RotatedModel(source, rotation).config
     parts, weights = _sizes(source.family, config, recipe)
+    types = _types(source.family, config, recipe)
     peak, flops = _effort(config, recipe, rotation.applied)
     if recipe.rotation == "optrot+":
         flops += _statistics_flops(config, recipe)
     return {"family": config.family, "name": config.name, "layers": config.num_hidden_layers,
             "rotation": recipe.rotation, "rotated": rotation.applied,
             "unties_head": original.tie_word_embeddings and not config.tie_word_embeddings,
-            "types": {"body": recipe.type, "head": recipe.head_type,
-                      "embedding": recipe.head_type if config.tie_word_embeddings else recipe.embedding_type},
+            "types": {"embedding": types["head"], **types}, "notes": check_widths(source, recipe, config),
             "bytes": round(sum(parts.values())), "bytes_by_part": {k: round(v) for k, v in parts.items()},
             "bits_per_weight": 8 * sum(parts.values()) / weights, "peak_memory_bytes": peak,
             "seconds": round(flops / gemm_rate() + 5)}
@@ -101,8 +102,8 @@ def _sizes(family, config, recipe) -> tuple[dict[str, float], int]:
     return parts, weights
 
 
-def _tensors(family, config, recipe):
-    """(part, type, shape, how many) of every tensor; InputError for a type that does not fit its rows."""
+def _asked(family, config, recipe):
+    """(name, part, type asked for, shape, how many) of every tensor; a layer's names lack their prefix."""
     shapes = [(name, shape, 1) for name, shape in family.outer_shapes(config).items()]
     shapes += [(name, shape, config.num_hidden_layers) for name, shape in family.layer_shapes(config).items()]
     for name, shape, count in shapes:
@@ -113,16 +114,39 @@ def _tensors(family, config, recipe):
             part, kind = "head", recipe.head_type
         elif name == "embed_tokens.weight":
             part, kind = "embedding", recipe.embedding_type
-        if kind not in FLOAT_TYPES and shape[-1] % grid_spec(kind).group_size:
+        yield name, part, kind, shape, count
+
+
+def _tensors(family, config, recipe):
+    """(part, type, shape, how many) of every tensor; InputError for a type that does not fit its rows."""
+    for name, part, kind, shape, count in _asked(family, config, recipe):
+        kind = fitting_type(kind, shape[-1])
+        if kind not in FLOAT_TYPES and shape[-1] % grid_spec(kind).block_size:
             raise InputError(f"{name}: rows of {shape[-1]} weights do not divide into {kind}'s groups of "
-                             f"{grid_spec(kind).group_size}; choose another type")
+                             f"{grid_spec(kind).block_size}; choose another type")
         yield part, kind, shape, count
 
 
-def check_widths(source, recipe) -> None:
-    """InputError if one of the Recipe's types does not fit the rows of the open model."""
-    for _ in _tensors(source.family, source.config, recipe):
+def check_widths(source, recipe, config=None) -> list[str]:
+    """Remarks on the types that tensors get instead of the one asked for, because super-blocks of 256 do not fill
+    their rows. InputError if a type of the Recipe does not fit the rows of the open model (`config` when rotated)."""
+    config, other = config or source.config, {}
+    for _ in _tensors(source.family, config, recipe):
         pass
+    for name, _, kind, shape, _ in _asked(source.family, config, recipe):
+        if fitting_type(kind, shape[-1]) != kind:
+            other.setdefault((kind, shape[-1]), []).append(name.removesuffix(".weight"))
+    return [f"rows of {width} weights do not fill {kind}'s super-blocks of {SUPER_BLOCK}: {', '.join(names)} become "
+            f"{fitting_type(kind, width)}, as llama-quantize has it" for (kind, width), names in other.items()]
+
+
+def _types(family, config, recipe) -> dict[str, str]:
+    """The types of every part's matrices, the most frequent first."""
+    found: dict[str, dict[str, int]] = {}
+    for part, kind, shape, count in _tensors(family, config, recipe):
+        sizes = found.setdefault(part, {})
+        sizes[kind] = sizes.get(kind, 0) + count * prod(shape)
+    return {part: ", ".join(sorted(sizes, key=sizes.get, reverse=True)) for part, sizes in found.items()}
 
 
 def _body(config) -> int:

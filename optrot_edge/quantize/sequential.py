@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from optrot_edge.checkpoint import FLOAT_TYPES, CheckpointWriter, QuantizedTensor
 from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
+from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
@@ -25,7 +26,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class QuantizerOptions:
-    """`body`, `embedding`, `head`: grid names, or f16/f32 to keep floats. `method`: "gptq" or "rtn".
+    """`body`, `embedding`, `head`: grid names, or f16/f32 to keep floats; rows that do not fill super-blocks get the
+    type that `fitting_type` says. `method`: "gptq" or "rtn".
     `damp`: fraction of the mean Hessian diagonal. `batch_size`: calibration windows at a time."""
 
     body: str = "q4_0"
@@ -173,8 +175,8 @@ class SequentialQuantizer:
         """Quantise matrices that share an input; `layer` is updated with the decoded weights."""
         if self.options.body in FLOAT_TYPES:
             return {name: as_float(layer[f"{name}.weight"], self.options.body) for name in names}
-        grid = Grid(self.options.body)
         weights = [layer[f"{name}.weight"] for name in names]
+        grid = Grid(fitting_type(self.options.body, weights[0].shape[1]))
         stacked = torch.cat(weights)
         prepared = self._prepare(hessian)
         codes, params = self._choose_codes(stacked, grid, hessian, prepared)
@@ -186,8 +188,7 @@ class SequentialQuantizer:
         for name, weight in zip(names, weights, strict=True):
             rows = slice(first, first + len(weight))
             first = rows.stop
-            part = type(params)(params.scales[rows], None if params.offsets is None else params.offsets[rows])
-            packed[name] = grid.pack(codes[rows], part)
+            packed[name] = grid.pack(codes[rows], params.rows(rows))
             self.reports[f"{prefix}{name}"] = matrix_report(weight, decoded[rows], hessian) | extra
             layer[f"{name}.weight"] = decoded[rows]
         return packed
@@ -210,7 +211,7 @@ class SequentialQuantizer:
         """Embedding or head: weighted round-to-nearest, or GPTQ when there is a Hessian and it is asked."""
         if kind in FLOAT_TYPES:
             return as_float(weight, kind)
-        grid, tensors, prepared = Grid(kind), [], self._prepare(hessian)
+        grid, tensors, prepared = Grid(fitting_type(kind, weight.shape[1])), [], self._prepare(hessian)
         signal, noise, wide = 0.0, 0.0, widest_float(self.device)
         for rows in weight.split(8192):
             rows = rows.to(self.device)
@@ -219,7 +220,7 @@ class SequentialQuantizer:
             noise += float((grid.decode(codes, params) - rows).square().sum(dtype=wide))
             signal += float(rows.square().sum(dtype=wide))
         self.reports[name] = {"snr_db": None, "relative_mse": noise / signal if signal else 0.0}
-        return _stack(tensors)
+        return QuantizedTensor.join(tensors)
 
     @torch.no_grad()
     def _quantize_head(self) -> dict:
@@ -237,12 +238,3 @@ class SequentialQuantizer:
         else:
             out["lm_head.weight"] = self._quantize_plain("lm_head", head, self.options.head, hessian)
         return out
-
-
-def _stack(tensors: list[QuantizedTensor]) -> QuantizedTensor:
-    """Row chunks of one matrix put together again."""
-    import numpy as np
-
-    join = lambda parts: None if parts[0] is None else np.concatenate(parts)  # noqa: E731
-    return QuantizedTensor(tensors[0].spec, join([t.codes for t in tensors]),
-                           join([t.scales for t in tensors]), join([t.offsets for t in tensors]))

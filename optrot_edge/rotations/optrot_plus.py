@@ -16,6 +16,7 @@ import torch
 
 from optrot_edge.checkpoint import GridSpec, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.gridspec import fitting_type
 from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.rotations.covariance import Covariances, both_sides
 from optrot_edge.rotations.fuse import READS
@@ -58,7 +59,7 @@ class PlusLearner:
         self.source, self.config, self.options = source, source.config, options
         self.covariances, self.sensitivity = covariances, sensitivity
         self.generator, self.device, self.r4_block = generator, device, start.r4_block
-        self.form = LossForm(grid.group_size, grid.kind != "symmetric", options.damp, options.objective)
+        self.form = LossForm(grid.group_size, grid.is_affine, options.damp, options.objective)
         on_device = lambda t: None if t is None else t.to(device, torch.float32)  # noqa: E731
         self.r1, self.r2 = on_device(start.r1), on_device(start.r2)
         self.native = start.r1 is None or torch.equal(start.r1, torch.eye(len(start.r1), dtype=torch.float64))
@@ -184,6 +185,8 @@ def learn_plus(source, start: Rotation, grid: GridSpec | str, covariances: Covar
     projected rotation is not orthogonal to 1e-12.
     """
     grid = grid_spec(grid) if isinstance(grid, str) else grid
+    if grid.subscales:  # where rows do not fill super-blocks, the grid that the residual stream's readers get
+        grid = grid_spec(fitting_type(grid.name, source.config.hidden_size))
     for width in (source.config.hidden_size, source.config.intermediate_size):
         if width % grid.group_size:
             raise InputError(f"rows of {width} weights do not divide into groups of {grid.group_size}")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from optrot_edge.checkpoint import GridSpec
+from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
@@ -31,7 +32,7 @@ def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec
     `generator` (CPU). One layer is held at a time, and the residual stream of all tokens before every layer
     (tokens × hidden × layers × 4 bytes).
     """
-    config = source.config
+    config, grid_name = source.config, grid if isinstance(grid, str) else grid.name
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
     streams = [F.embedding(tokens, source.embedding(torch.float32))]
     for index in range(config.num_hidden_layers):
@@ -41,14 +42,14 @@ def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec
     found = []
     for index in reversed(range(config.num_hidden_layers)):
         layer = _load(source, index, device)
-        errors = _gptq_errors(layer, covariances.layer(index, device), Grid(grid), damp)
+        errors = _gptq_errors(layer, covariances.layer(index, device), grid_name, damp)
         found.append(_backward(streams.pop(), gradient, layer, errors, config, rope, device))
         if progress:
             progress(len(found), config.num_hidden_layers)
     return found[::-1]
 
 
-def _gptq_errors(layer, stored: dict, grid: Grid, damp: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _gptq_errors(layer, stored: dict, grid_name: str, damp: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """For every linear, Δ [out, in] that GPTQ leaves and the mean square [out] of Δx over the calibration text."""
     out = {}
     for kind, names in INPUTS.items():
@@ -58,6 +59,7 @@ def _gptq_errors(layer, stored: dict, grid: Grid, damp: float) -> dict[str, tupl
             h = gain[:, None] * h * gain
         weights = [layer[f"{name}.weight"] for name in names]
         stacked, prepared = torch.cat(weights), prepare_hessian(h, damp=damp)
+        grid = Grid(fitting_type(grid_name, len(h)))
         params = grid.fit(stacked, h.diagonal())
         error = grid.decode(gptq(stacked, prepared, grid, params), params) - stacked
         power = ((error.to(h) @ h) * error).sum(1).cpu()
