@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from optrot_edge.errors import InputError
+from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
 
@@ -57,8 +58,8 @@ Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower 
 Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Type = Annotated[str, typer.Option(help="Type of the decoder's matrices: q4_0, q4_1, q5_0, q5_1, q8_0, f16, f32, "
-                                        "or int4-g128-sym and the like (checkpoints only).")]
+Type = Annotated[str, typer.Option(help=f"Type of the decoder's matrices: {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}; "
+                                        "in checkpoints only: int4-g128-sym, mlx-4bit-g64 and the like.")]
 EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding (default: --type).")]
 HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0).")]
 Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]

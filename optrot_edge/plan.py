@@ -136,8 +136,9 @@ def check_widths(source, recipe, config=None) -> list[str]:
     for name, _, kind, shape, _ in _asked(source.family, config, recipe):
         if fitting_type(kind, shape[-1]) != kind:
             other.setdefault((kind, shape[-1]), []).append(name.removesuffix(".weight"))
-    return [f"rows of {width} weights do not fill {kind}'s super-blocks of {SUPER_BLOCK}: {', '.join(names)} become "
-            f"{fitting_type(kind, width)}, as llama-quantize has it" for (kind, width), names in other.items()]
+    return [f"rows of {width} weights do not fill {kind}'s super-blocks of {SUPER_BLOCK} and are stored as "
+            f"{fitting_type(kind, width)}, as llama-quantize does: {', '.join(names)}"
+            for (kind, width), names in other.items()]
 
 
 def _types(family, config, recipe) -> dict[str, str]:

@@ -16,7 +16,8 @@ ROTATIONS = ("none", "hadamard", "optrot", "optrot+")
 class Recipe:
     """Every choice that shapes a checkpoint; recorded in its manifest.
 
-    `type` is the body's grid (a GGUF type or `int4-g128-sym` and the like); `embedding_type` None
+    `type` is the body's grid (a GGUF type, or `int4-g128-sym`, `mlx-4bit-g64` and the like; what
+    rows cannot be falls back as `optrot_edge.gridspec.fitting_type` says); `embedding_type` None
     means the body's, `head_type` None means q8_0 (a tied matrix takes the head's type). `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.

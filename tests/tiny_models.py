@@ -1,7 +1,8 @@
 """Small random models of every family, saved as Hugging Face folders, and small tokenizers.
 
 `CASES` names the variants. Every linear's input width is a multiple of 32, so that the GGUF block
-types apply; hidden sizes are not powers of two in most cases; norm gains and biases are random.
+types apply; hidden sizes are not powers of two in most cases; norm gains and biases are random. "wide", which is not
+among them, has rows that fill super-blocks of 256.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ _VARIANTS: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {"num_attention_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6}),
     "qwen3_tied": ("qwen3", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
                              "head_dim": 32, "tie_word_embeddings": True}),
+    "wide": ("llama", {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 512,
+                       "num_hidden_layers": 1}),
 }
-CASES = list(_VARIANTS)
+CASES = [case for case in _VARIANTS if case != "wide"]
 
 
 def tiny_config(case: str, vocab_size: int = VOCAB_SIZE):

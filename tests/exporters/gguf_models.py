@@ -11,12 +11,17 @@ import torch
 
 from optrot_edge.checkpoint import CheckpointWriter, QuantizedCheckpoint, QuantizedTensor, grid_spec
 from optrot_edge.models import open_model
+from optrot_edge.quantize.grids import Grid
 from tests.tiny_models import VOCAB_SIZE, save_tiny, save_tiny_tokenizer
 
 
 def round_to_nearest(weights: np.ndarray, grid: str) -> QuantizedTensor:
-    """Codes of `weights` [out, in] with plain min-max scales per block of 32."""
+    """Codes of `weights` [out, in] with plain min-max scales per block of 32, or fitted ones of two levels."""
     spec = grid_spec(grid)
+    if spec.subscales or spec.codebook:
+        fitted, weights = Grid(spec), torch.from_numpy(weights).float()
+        params = fitted.fit(weights)
+        return fitted.pack(fitted.round(weights, params), params)
     blocks = weights.reshape(len(weights), -1, spec.group_size).astype(np.float32)
     if spec.kind == "symmetric":
         half = spec.levels // 2
