@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from optrot_edge.checkpoint import GGUF_GRIDS
 from optrot_edge.errors import InputError
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
@@ -40,9 +41,9 @@ def reference_gptq(weight, hessian, grid, params, damp=0.01):
     return codes
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "int3-g32-zero"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "int3-g32-zero", "iq4_nl", "mxfp4", "q2_k", "iq4_xs"])
 def test_codes_equal_the_column_by_column_reference(name):
-    for seed, columns in ((0, 96), (1, 192)):
+    for seed, columns in ((0, 256),) if Grid(name).spec.subscales else ((0, 96), (1, 192)):
         w, h = problem(seed, columns=columns)
         grid = Grid(name)
         params = grid.fit(w, h.diagonal())
@@ -96,6 +97,18 @@ def test_gptq_beats_rounding_on_correlated_inputs(name):
         rounded = output_error(w - grid.decode(grid.round(w, params), params), h)
         codes = gptq(w, prepare_hessian(h), grid, params)
         assert output_error(w - grid.decode(codes, params), h) < rounded
+
+
+@pytest.mark.parametrize("name", GGUF_GRIDS)
+def test_gptq_is_never_worse_than_rounding_on_any_grid(name):
+    grid = Grid(name)
+    for seed in range(4):
+        w, h = problem(seed, rows=8, columns=512)
+        params = grid.fit(w, h.diagonal())
+        rounded = output_error(w - grid.decode(grid.round(w, params), params), h)
+        codes = gptq(w, prepare_hessian(h), grid, params)
+        assert output_error(w - grid.decode(codes, params), h) < rounded
+        assert int(codes.max()) < grid.spec.levels
 
 
 def test_diagonal_hessian_is_plain_rounding():
