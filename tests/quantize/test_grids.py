@@ -11,7 +11,8 @@ from optrot_edge.quantize.grids import Grid, GridParams
 
 ONE_LEVEL = [name for name, spec in GGUF_GRIDS.items() if not spec.subscales and not spec.codebook]
 TABLES = [name for name in GGUF_GRIDS if name not in ONE_LEVEL]
-INTEGER = [*ONE_LEVEL, "int2-g16-min", "int3-g64-sym", "int4-g32-zero", "int8-g96-zero", "int4-g192-sym"]
+INTEGER = [*ONE_LEVEL, "int2-g16-min", "int3-g64-sym", "int4-g32-zero", "int8-g96-zero", "int4-g192-sym",
+           "int2-g128-zero", "int4-g16-zero", "int8-g256-zero"]
 MLX = ["mlx-2bit-g32", "mlx-4bit-g64", "mlx-5bit-g64-bf16", "mlx-6bit-g128-bf16", "mlx-8bit-g128-f32"]
 GRIDS = [*INTEGER, *TABLES, *MLX]
 
