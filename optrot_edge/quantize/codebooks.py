@@ -33,8 +33,8 @@ class Codebook:
         return self._tables[key]
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes, as floats, of the levels nearest to `x`; the upper one at a midpoint."""
-        cell = (x * self.fine).floor_().clamp_(self.first, self.last).sub_(self.first)
+        """Codes, as floats, of the levels nearest to `x`; the upper one at a midpoint, any for NaN."""
+        cell = (x * self.fine).floor_().clamp_(self.first, self.last).sub_(self.first).nan_to_num_(0.0)
         return self._table(x)[1].index_select(0, cell.int().flatten()).view(x.shape)
 
     def levels_of(self, codes: torch.Tensor) -> torch.Tensor:

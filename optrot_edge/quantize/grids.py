@@ -139,9 +139,11 @@ class Grid:
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> GridParams:
         """Weighted least-squares parameters for `weight` [out, in]; `importance` [in] ≥ 0 or None.
 
-        Raises InputError when a scale does not fit the stored precision (weights beyond fp16's range).
+        Raises InputError for weights that are not finite, and when a scale does not fit the stored precision.
         """
         weight = weight.float()
+        if not weight.isfinite().all():
+            raise InputError("the weights hold NaN or infinity; the model is damaged")
         rows, columns = weight.shape
         self.check_width(columns)
         spread = weight.square().mean(1, keepdim=True)

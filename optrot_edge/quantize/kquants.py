@@ -83,10 +83,11 @@ class SuperBlockFit:
             self.dmin, self.mn = self._round_to_multiples(wanted.clamp_min(0), total, self.low, self.high)
 
     def _round_to_multiples(self, values, curvature, low: int, high: int):
-        """Stored step [m] and integers [m, groups] with the least Σ curvature (step · integer − value)²."""
+        """Stored step [m] and integers [m, groups] with the least Σ curvature (step · integer − value)²; NaN where no
+        step is finite."""
         extreme = values.gather(1, values.abs().argmax(1, keepdim=True))
         best_loss = torch.full_like(extreme, float("inf"))
-        best, best_integers = torch.zeros_like(extreme), torch.zeros_like(values)
+        best, best_integers = torch.full_like(extreme, float("nan")), torch.zeros_like(values)
         for end in [e * reach for e in (low, high) if e for reach in REACH]:
             step = self.grid.store(extreme / end)
             integers = _nearest_integers(values, step, low, high)

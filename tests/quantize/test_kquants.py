@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optrot_edge.checkpoint import GGUF_GRIDS
+from optrot_edge.errors import InputError
 from optrot_edge.quantize.grids import Grid, GridParams
 from tests.stored_tensors import random_tensor
 
@@ -96,6 +97,21 @@ def test_any_weights_round_to_finite_stored_levels(name, seed, exponent, dead):
     np.testing.assert_array_equal(grid.pack(codes, params).decode(), decoded.numpy())
     error = (importance * (decoded - weight).square()).sum(1)
     assert (error <= (importance * weight.square()).sum(1) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", [*TABLES, "q4_0", "q4_1"])
+def test_weights_beyond_the_scales_and_nan_are_refused(name):
+    w = torch.ones(4, 512)
+    w[1, 5] = 1e12
+    if name == "mxfp4":  # whose scales reach 2^127
+        assert float(Grid(name).fit(w).scales.max()) > 1e11
+    else:
+        with pytest.raises(InputError, match=f"{name} overflow float16"):
+            Grid(name).fit(w)
+    for bad in (float("nan"), float("inf")):
+        w[1, 5] = bad
+        with pytest.raises(InputError, match="NaN or infinity"):
+            Grid(name).fit(w)
 
 
 @pytest.mark.parametrize("name", TWO_LEVELS)
