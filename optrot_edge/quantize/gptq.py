@@ -102,7 +102,7 @@ def gptq(weight: torch.Tensor, prepared: PreparedHessian, grid: Grid, params: Gr
     residual[prepared.dead[order]] = 0
     scales, offsets = (None if part is None else part.to(device) for part in params.columns())
     # A codebook's levels; every other grid is offset + scale · code, the offset being what code 0 stands for.
-    levels = getattr(grid.spec, "codebook", None)
+    levels = grid.spec.codebook
     levels = None if levels is None else torch.tensor(levels, dtype=work, device=device)
     origin = None if levels is not None else grid.values_of(torch.zeros_like(scales), scales, offsets).to(work)
     steps = scales.to(work)
