@@ -24,8 +24,7 @@ from optrot_edge.models import forward, open_model
 from optrot_edge.quantize.calibration import sample_windows
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
-from optrot_edge.quantize.sequential import HessianSum
-from optrot_edge.quantize.statistics import output_error
+from optrot_edge.quantize.statistics import HessianSum, output_error
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 
 LAYERS = (0, 3, 8, 14, 20, 26, 29)

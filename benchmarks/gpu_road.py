@@ -19,8 +19,8 @@ from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import logits
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
-from optrot_edge.quantize.sequential import HessianSum, QuantizerOptions, SequentialQuantizer
-from optrot_edge.quantize.statistics import output_error
+from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
+from optrot_edge.quantize.statistics import HessianSum, output_error
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.optrot import OptRotOptions, cayley_step, initial_rotation, learn, polar_step
 from optrot_edge.rotations.rotation import ORTHOGONALITY, orthogonality_error

@@ -73,6 +73,8 @@ Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
 Damp = Annotated[float, typer.Option(help="Hessian damping, fraction of its mean diagonal.")]
 ActOrder = Annotated[bool, typer.Option(help="Visit columns in order of falling diag(H).")]
+Asymmetric = Annotated[str | None, typer.Option(help="GPTQ makes up for errors made before: none, inputs, or residual "
+                                                     "(the default: of the inputs and of the residual stream).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it would take.")]
 VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
 
@@ -101,8 +103,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
            plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
            quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
-           seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
-           device: Device = "auto",
+           seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True,
+           asymmetric: Asymmetric = None, seed: Seed = 0, device: Device = "auto",
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
            vocab_from: VocabFrom = None, dry_run: DryRun = False, overwrite: Overwrite = False,
            quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
@@ -128,9 +130,10 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
              optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
              plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
              quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
-             seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True, seed: Seed = 0,
-             device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False,
-             quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
+             seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True,
+             asymmetric: Asymmetric = None, seed: Seed = 0, device: Device = "auto",
+             dry_run: DryRun = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+             ctx: typer.Context = None):
     """Rotate and quantise MODEL into a checkpoint that `export` packages."""
     from optrot_edge import pipeline
 

@@ -180,6 +180,9 @@ def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
     flops = _observing_flops(config, tokens)
     if recipe.quantizer == "gptq":
         flops += 4 * body * widest  # float64
+    if recipe.asymmetric != "none":  # another stream, its products with the first, and five more sums like a Hessian
+        flops += 2 * _observing_flops(config, tokens)
+        peak += 4 * tokens * hidden + 4 * layer + 40 * widest * widest
     learning = {"optrot": _learning_effort, "optrot+": _plus_effort}.get(recipe.rotation)
     if learning:
         more_flops, more_bytes = learning(config, recipe, body)

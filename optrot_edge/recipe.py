@@ -10,6 +10,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.rotations.options import OptRotOptions
 
 ROTATIONS = ("none", "hadamard", "optrot", "optrot+")
+ASYMMETRIC = ("none", "inputs", "residual")  # what GPTQ makes up for
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Recipe:
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
+    `asymmetric`: GPTQ makes up for errors made before, see `optrot_edge.quantize.asymmetric`; None: as far as it can.
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
@@ -47,6 +49,7 @@ class Recipe:
     seqlen: int = 256
     damp: float = 0.1
     act_order: bool = True
+    asymmetric: str | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -65,6 +68,7 @@ class Recipe:
             raise InputError(f"--quantizer {self.quantizer}: use gptq or rtn")
         if self.calibration == "none" and self.quantizer == "gptq":
             raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
+        self._check_asymmetric()
         self._check_rotation()
         self.optrot_options()
         if not 0 < self.damp < 1:
@@ -87,6 +91,16 @@ class Recipe:
         rows = "auto" if self.optrot_rows is None else self.optrot_rows
         return OptRotOptions(self.optrot_solver, self.optrot_steps, rows, objective=self.optrot_objective,
                              tolerance=self.optrot_tolerance, target=self.optrot_target)
+
+    def _check_asymmetric(self) -> None:
+        able = self.quantizer == "gptq" and self.nsamples > 1 and self.type not in FLOAT_TYPES
+        if self.asymmetric is None:
+            self.asymmetric = "residual" if able else "none"
+        if self.asymmetric not in ASYMMETRIC:
+            raise InputError(f"--asymmetric {self.asymmetric}: use {', '.join(ASYMMETRIC)}")
+        if self.asymmetric != "none" and not able:
+            raise InputError(f"--asymmetric {self.asymmetric} is for GPTQ of a quantised body on at least two windows "
+                             "(--quantizer gptq, --nsamples)")
 
     def _check_rotation(self) -> None:
         if self.rotation not in (*ROTATIONS, "auto") and not Path(self.rotation).is_file():

@@ -51,6 +51,7 @@ def test_usage_errors(arguments, says, capfd):
     (["--rotate", "r1,r9"], "r9"), (["--rotation", "optrot", "--rotate", "r3"], "names neither"),
     (["--rotate", "r1,r4", "--r4-block", 48], "R4 block 48"),
     (["--quantizer", "awq"], "--quantizer awq"), (["--device", "tpu"], "--device tpu"), (["--damp", 2], "--damp"),
+    (["--asymmetric", "all"], "--asymmetric all"), (["--asymmetric", "inputs", "--quantizer", "rtn"], "for GPTQ"),
     (["--optrot-solver", "adam"], "adam"), (["--optrot-steps", 0], "step"), (["--nsamples", 0], "--nsamples"),
     (["--nsamples", 100000], "windows"), (["--seqlen", 257], "--seqlen 257"), (["--calibration", "none"], "GPTQ needs"),
     (["--calibration", "missing.txt"], "missing.txt")])

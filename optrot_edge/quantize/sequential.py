@@ -1,6 +1,7 @@
 """Layer-by-layer quantisation: each linear is fitted on what the already quantised ones feed it.
 
-Memory: one decoder layer, the residual stream of the calibration tokens, one Hessian, the embedding.
+Memory: one decoder layer, the residual stream of the calibration tokens, one Hessian, the embedding; with asymmetric
+calibration a float layer and its stream beside them, and five more matrices of a Hessian's size.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
+from optrot_edge.quantize.asymmetric import Moments, corrected, held_out_count
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.statistics import matrix_report
+from optrot_edge.recipe import ASYMMETRIC
 
 KEEP_BYTES = 2**29  # inputs of o_proj and down_proj are kept for the residual update up to this size
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # one input each
+LINEARS = tuple(name for names in STAGES for name in names)
 
 
 @dataclass
 class QuantizerOptions:
     """`body`, `embedding`, `head`: grid names, or f16/f32 to keep floats; rows that do not fill super-blocks get the
     type that `fitting_type` says. `method`: "gptq" or "rtn".
-    `damp`: fraction of the mean Hessian diagonal. `batch_size`: calibration windows at a time."""
+    `damp`: fraction of the mean Hessian diagonal. `asymmetric`: what GPTQ's targets make up for: "none", errors of the
+    "inputs", or those of the "residual" stream too. `batch_size`: calibration windows at a time."""
 
     body: str = "q4_0"
     embedding: str = "q4_0"
@@ -36,33 +41,20 @@ class QuantizerOptions:
     method: str = "gptq"
     damp: float = 0.1
     act_order: bool = True
+    asymmetric: str = "none"
     batch_size: int = 8
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.method not in ("gptq", "rtn"):
             raise InputError(f"unknown quantizer {self.method!r}; use gptq or rtn")
+        if self.asymmetric not in ASYMMETRIC:
+            raise InputError(f"unknown asymmetric calibration {self.asymmetric!r}; use {', '.join(ASYMMETRIC)}")
+        if self.asymmetric != "none" and self.method == "rtn":
+            raise InputError("asymmetric calibration moves GPTQ's targets; round-to-nearest has none")
         for name in (self.body, self.embedding, self.head):
             if name not in FLOAT_TYPES:
                 Grid(name)
-
-
-class HessianSum:
-    """H = E[xxᵀ] accumulated over tokens: float32 products, float64 sum."""
-
-    def __init__(self, width: int, device):
-        self.total = torch.zeros(width, width, dtype=widest_float(device), device=device)
-        self.tokens = 0
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add activations [..., width]."""
-        x = x.reshape(-1, x.shape[-1])
-        self.total += (x.T @ x).to(self.total)
-        self.tokens += len(x)
-
-    def mean(self) -> torch.Tensor:
-        """E[xxᵀ] [width, width]."""
-        return self.total / self.tokens
 
 
 def as_float(weight: torch.Tensor, dtype: str):
@@ -83,20 +75,22 @@ class SequentialQuantizer:
         self.device = options.device
         self.reports: dict[str, dict] = {}
         self.tokens = tokens
+        self._stream = self._float_stream = None
+        self._held_out = 0
         if tokens is None and options.method == "gptq":
             raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
 
     def run(self, writer: CheckpointWriter, progress: Callable[[int, int, float], None] | None = None) -> None:
         """Write every tensor; `progress(done, layers, worst_snr_db)` after each layer."""
-        self._stream = None
-        embedding = self.model.embedding(torch.float32)
-        if self.tokens is not None:
-            self._stream = F.embedding(self.tokens, embedding)
-            self._rope = forward.rope_tables(self.config, self.tokens.shape[1], device=self.device)
+        embedding, start = self.model.embedding(torch.float32), None
         if not self.config.tie_word_embeddings:
             stored = self._quantize_plain("embed_tokens", embedding, self.options.embedding)
             writer.write_shard("embedding", {"embed_tokens.weight": stored})
-            del embedding, stored
+            start = torch.from_numpy(stored.decode() if isinstance(stored, QuantizedTensor) else stored).float()
+            del stored
+        if self.tokens is not None:
+            self._start(embedding, start)
+        del embedding, start
         for index in range(self.config.num_hidden_layers):
             writer.write_shard(f"layer-{index:05d}", self._quantize_layer(index))
             if progress:
@@ -105,17 +99,37 @@ class SequentialQuantizer:
                 progress(index + 1, self.config.num_hidden_layers, min(rows, default=float("inf")))
         writer.write_shard("head", self._quantize_head())
 
-    def _parts(self):
-        return self._stream.split(self.options.batch_size)
+    def _start(self, embedding: torch.Tensor, stored: torch.Tensor | None) -> None:
+        """Residual streams before the first layer: as the package has it and, for asymmetric calibration, the float
+        model's. A tied embedding is quantised last, so its errors are not seen here."""
+        self._rope = forward.rope_tables(self.config, self.tokens.shape[1], device=self.device)
+        self._stream = F.embedding(self.tokens, embedding if stored is None else stored)
+        if self.options.asymmetric != "none":
+            self._float_stream = F.embedding(self.tokens, embedding)
+            self._held_out = held_out_count(len(self.tokens))
 
-    def _accumulate(self, inputs: Callable, width: int) -> torch.Tensor | None:
-        """Hessian of `inputs(part)` over the calibration stream, or None without calibration."""
+    def _parts(self):
+        """Views of both streams, batch by batch (the float one None without asymmetric calibration), and whether they
+        are held out: every batch's windows are or none is."""
+        first = len(self._stream) - self._held_out
+        for held_out, windows in ((False, slice(0, first)), (True, slice(first, None))):
+            parts = self._stream[windows].split(self.options.batch_size)
+            floats = [None] * len(parts)
+            if self._float_stream is not None:
+                floats = self._float_stream[windows].split(self.options.batch_size)
+            yield from ((part, whole, held_out) for part, whole in zip(parts, floats, strict=True) if len(part))
+
+    def _observe(self, inputs: Callable, float_inputs: Callable | None, width: int, writes: bool) -> tuple | None:
+        """Moments of a stage's inputs over the windows to fit on and over those held out; None without calibration."""
         if self._stream is None:
             return None
-        hessian = HessianSum(width, self.device)
-        for part in self._parts():
-            hessian.add(inputs(part))
-        return hessian.mean()
+        gap = writes and self.options.asymmetric == "residual"
+        hidden = self.config.hidden_size if gap else None
+        sums = [Moments(width, self.device, float_inputs=float_inputs is not None, hidden=hidden) for _ in range(2)]
+        for part, whole, held_out in self._parts():
+            sums[held_out].add(inputs(part), None if float_inputs is None else float_inputs(whole),
+                               (whole - part).to(self.device) if gap else None)
+        return tuple(sums)
 
     def _remembered(self, inputs: Callable, width: int) -> Callable:
         """`inputs` that computes each part once, when all of them fit KEEP_BYTES."""
@@ -133,63 +147,67 @@ class SequentialQuantizer:
 
     @torch.no_grad()
     def _quantize_layer(self, index: int) -> dict:
-        config, out = self.config, {}
+        out = {}
         layer = {k: v.to(self.device) for k, v in self.model.layer(index).items()}
         prefix = f"layers.{index}."
         for name, tensor in layer.items():
             if name.removesuffix(".weight") not in LINEARS:
                 out[prefix + name] = as_float(tensor, "f32")
-        eps, r4 = config.rms_norm_eps, self.model.r4_block
-
-        def attention_input(x):
-            return forward.rms_norm(x.to(self.device), layer["attn_norm.weight"], eps)
-
-        def context(x):
-            return forward.attention_context(attention_input(x), layer, config, self._rope,
-                                             r3_block=self.model.r3_block)
-
-        def mlp_input(x):
-            return forward.rms_norm(x.to(self.device), layer["mlp_norm.weight"], eps)
-
-        def hidden(x):
-            return forward.mlp_hidden(mlp_input(x), layer, r4_block=r4)
-
-        def residual(inputs, name):
-            for part in self._parts() if self._stream is not None else ():
-                part += forward.linear(inputs(part), layer, name).to(part.device)
-
-        stages = ((("q_proj", "k_proj", "v_proj"), attention_input), (("o_proj",), context),
-                  (("gate_proj", "up_proj"), mlp_input), (("down_proj",), hidden))
-        for names, inputs in stages:
-            writes = names[0] in ("o_proj", "down_proj")
-            width = layer[f"{names[0]}.weight"].shape[1]
-            inputs = self._remembered(inputs, width) if writes else inputs
-            hessian = self._accumulate(inputs, width)
-            stored = self._quantize_linears(prefix, layer, names, hessian)
+        original = dict(layer) if self._float_stream is not None else None
+        reads = self._stage_inputs(layer)
+        aims = None if original is None else self._stage_inputs(original)
+        for names in STAGES:
+            name, writes = names[0], names[0] in ("o_proj", "down_proj")
+            width = layer[f"{name}.weight"].shape[1]
+            keep = (lambda f, width=width: self._remembered(f, width)) if writes else (lambda f: f)
+            inputs, float_inputs = keep(reads[name]), None if aims is None else keep(aims[name])
+            moments = self._observe(inputs, float_inputs, width, writes)
+            stored = self._quantize_linears(prefix, layer, names, moments)
             out |= {f"{prefix}{name}.weight": tensor for name, tensor in stored.items()}
-            if writes:
-                residual(inputs, names[0])
+            if writes and moments is not None:
+                for part, whole, _ in self._parts():
+                    part += forward.linear(inputs(part), layer, name).to(part.device)
+                    if whole is not None:
+                        whole += forward.linear(float_inputs(whole), original, name).to(whole.device)
         return out
 
-    def _quantize_linears(self, prefix: str, layer: dict, names, hessian) -> dict:
+    def _stage_inputs(self, layer: dict) -> dict[str, Callable]:
+        """By the first name of a stage: from a part of the residual stream to what its linears read in `layer`."""
+        config, model = self.config, self.model
+
+        def normed(x, norm):
+            return forward.rms_norm(x.to(self.device), layer[f"{norm}.weight"], config.rms_norm_eps)
+
+        return {"q_proj": lambda x: normed(x, "attn_norm"),
+                "o_proj": lambda x: forward.attention_context(normed(x, "attn_norm"), layer, config, self._rope,
+                                                              r3_block=model.r3_block),
+                "gate_proj": lambda x: normed(x, "mlp_norm"),
+                "down_proj": lambda x: forward.mlp_hidden(normed(x, "mlp_norm"), layer, r4_block=model.r4_block)}
+
+    def _quantize_linears(self, prefix: str, layer: dict, names, moments: tuple | None) -> dict:
         """Quantise matrices that share an input; `layer` is updated with the decoded weights."""
         if self.options.body in FLOAT_TYPES:
             return {name: as_float(layer[f"{name}.weight"], self.options.body) for name in names}
-        weights = [layer[f"{name}.weight"] for name in names]
-        grid = Grid(fitting_type(self.options.body, weights[0].shape[1]))
-        stacked = torch.cat(weights)
+        weights = {name: layer[f"{name}.weight"] for name in names}
+        grid = Grid(fitting_type(self.options.body, weights[names[0]].shape[1]))
+        hessian = None if moments is None else (moments[0].hessian + moments[1].hessian).mean()
         prepared = self._prepare(hessian)
+        factors: dict[str, dict] = {}
+        if self._float_stream is not None:
+            weights, factors = corrected(weights, *moments, self.options.damp)
+        stacked = torch.cat(list(weights.values()))
         codes, params = self._choose_codes(stacked, grid, hessian, prepared)
-        extra = {} if prepared is None else {"damp": prepared.damp, "damp_escalations": prepared.escalations,
-                                             "dead_columns": int(prepared.dead.sum()),
-                                             "tr_d_over_tr_h": prepared.feedback_gain(hessian)}
+        common = {} if prepared is None else {"damp": prepared.damp, "damp_escalations": prepared.escalations,
+                                              "dead_columns": int(prepared.dead.sum()),
+                                              "tr_d_over_tr_h": prepared.feedback_gain(hessian)}
         decoded = grid.decode(codes, params)
         packed, first = {}, 0
-        for name, weight in zip(names, weights, strict=True):
+        for name, weight in weights.items():
             rows = slice(first, first + len(weight))
             first = rows.stop
             packed[name] = grid.pack(codes[rows], params.rows(rows))
-            self.reports[f"{prefix}{name}"] = matrix_report(weight, decoded[rows], hessian) | extra
+            report = matrix_report(weight, decoded[rows], hessian)
+            self.reports[f"{prefix}{name}"] = report | common | factors.get(name, {})
             layer[f"{name}.weight"] = decoded[rows]
         return packed
 
@@ -229,7 +247,9 @@ class SequentialQuantizer:
         norm = self.model.final_norm(torch.float32)
         out = {"norm.weight": as_float(norm, "f32")}
         gain, eps = norm.to(self.device), self.config.rms_norm_eps
-        hessian = self._accumulate(lambda x: forward.rms_norm(x.to(self.device), gain, eps), self.config.hidden_size)
+        moments = self._observe(lambda x: forward.rms_norm(x.to(self.device), gain, eps), None,
+                                self.config.hidden_size, writes=False)
+        hessian = None if moments is None else (moments[0].hessian + moments[1].hessian).mean()
         head = self.model.lm_head(torch.float32)
         if head is None:
             diagonal = None if hessian is None else hessian.diagonal().diag()

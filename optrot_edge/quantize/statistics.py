@@ -1,4 +1,4 @@
-"""Per-matrix quantities for the report (OptRot, arXiv 2512.24124, section 3)."""
+"""Second moments of activations, and per-matrix quantities for the report (OptRot, arXiv 2512.24124, section 3)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,40 @@ import math
 import torch
 
 from optrot_edge.device import widest_float
+
+
+class MeanProduct:
+    """E[a bᵀ] accumulated over tokens: float32 products, sums in float64 where the device has it."""
+
+    def __init__(self, rows: int, columns: int, device):
+        self.total = torch.zeros(rows, columns, dtype=widest_float(device), device=device)
+        self.tokens = 0
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add activations [..., rows] and [..., columns]."""
+        left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+        self.total += (left.T @ right).to(self.total)
+        self.tokens += len(left)
+
+    def __add__(self, other: MeanProduct) -> MeanProduct:
+        both = MeanProduct(*self.total.shape, self.total.device)
+        both.total, both.tokens = self.total + other.total, self.tokens + other.tokens
+        return both
+
+    def mean(self) -> torch.Tensor:
+        """E[a bᵀ] [rows, columns]."""
+        return self.total / self.tokens
+
+
+class HessianSum(MeanProduct):
+    """H = E[xxᵀ] accumulated over tokens."""
+
+    def __init__(self, width: int, device):
+        super().__init__(width, width, device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add activations [..., width]."""
+        super().add(x, x)
 
 
 def incoherence(weight: torch.Tensor) -> float:

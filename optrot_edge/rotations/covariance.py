@@ -23,7 +23,7 @@ from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
-from optrot_edge.quantize.sequential import HessianSum
+from optrot_edge.quantize.statistics import HessianSum
 from optrot_edge.rotations.rotation import Rotation
 
 INPUTS = {"attn": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "mlp": ("gate_proj", "up_proj"),

@@ -1,0 +1,124 @@
+"""Asymmetric calibration: weights that make up for the errors of what was quantised before them.
+
+When a linear is quantised it reads x̃, where the float model reads x, and the residual stream it adds to is r̃, where
+the float model's is r. GPTAQ (arXiv 2504.02692) lets it aim at W x nevertheless; here what writes to the residual
+stream (o_proj, down_proj) makes up for r − r̃ too:
+
+    W* = W + α V + β U,  V = W E[(x−x̃)x̃ᵀ] (H̃+λI)⁻¹,  U = E[(r−r̃)x̃ᵀ] (H̃+λI)⁻¹,  H̃ = E[x̃x̃ᵀ].
+
+The whole correction would over-fit the calibration text. So V and U are computed on some of its windows, α and β by
+least squares on the others (one in `HELD_OUT`; each between 0 and 1), and then V and U again on all.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from optrot_edge.device import widest_float
+from optrot_edge.errors import InputError
+from optrot_edge.quantize.statistics import MeanProduct
+
+HELD_OUT = 8  # one calibration window in so many is kept to fit α and β on
+
+
+def held_out_count(windows: int) -> int:
+    """How many of the calibration windows α and β are fitted on; InputError when there is only one window."""
+    if windows < 2:
+        raise InputError("asymmetric calibration needs at least two windows (--nsamples): it fits on some and "
+                         "checks on others")
+    return max(1, windows // HELD_OUT)
+
+
+class Moments:
+    """What a linear's correction needs of some windows: H̃, E[(x−x̃)x̃ᵀ] and, for one that writes to the residual
+    stream of `hidden` channels, E[(r−r̃)x̃ᵀ]. Without `float_inputs` only H̃."""
+
+    def __init__(self, width: int, device, *, float_inputs: bool = False, hidden: int | None = None):
+        self.hessian = MeanProduct(width, width, device)
+        self.input_gap = MeanProduct(width, width, device) if float_inputs else None
+        self.stream_gap = None if hidden is None else MeanProduct(hidden, width, device)
+
+    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, gap: torch.Tensor | None = None) -> None:
+        """Add x̃, x and r − r̃ of the same tokens, each [..., channels]; the last two where they are kept."""
+        self.hessian.add(x, x)
+        if self.input_gap is not None:
+            self.input_gap.add(x_float - x, x)
+        if self.stream_gap is not None:
+            self.stream_gap.add(gap, x)
+
+    def __add__(self, other: Moments) -> Moments:
+        both = copy.copy(self)
+        for name, mine in vars(self).items():
+            setattr(both, name, None if mine is None else mine + vars(other)[name])
+        return both
+
+
+def corrected(weights: dict[str, torch.Tensor], fit: Moments, held_out: Moments, damp: float) -> tuple[
+        dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """W* of every matrix [out, in] in `weights`, which read one input, and {"alpha", "beta"} by name.
+
+    `damp` is λ as a fraction of H̃'s mean diagonal. `held_out` are other windows than `fit`.
+    """
+    fitted, final = _Corrections(fit, damp), _Corrections(fit + held_out, damp)
+    found, factors = {}, {}
+    for name, weight in weights.items():
+        parts = fitted.parts(weight)
+        best = _least_squares(parts, weight, held_out)
+        found[name] = weight + sum(factor * part for factor, part in zip(best, final.parts(weight), strict=True))
+        factors[name] = dict(zip(("alpha", "beta"), best, strict=False))
+    return found, factors
+
+
+class _Corrections:
+    """V and U from one set of windows."""
+
+    def __init__(self, moments: Moments, damp: float):
+        h = moments.hessian.mean()
+        added = damp * h.diagonal().mean()
+        h.diagonal().add_(torch.where(added > 0, added, 1.0))  # of inputs that are always 0 nothing follows
+        factor = torch.linalg.cholesky(h)
+        self.by_input = torch.cholesky_solve(moments.input_gap.mean().T, factor).T
+        self.of_stream = None
+        if moments.stream_gap is not None:
+            self.of_stream = torch.cholesky_solve(moments.stream_gap.mean().T, factor).T
+
+    def parts(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """V and, where it writes to the residual stream, U of `weight`, in its dtype."""
+        parts = [weight @ self.by_input.to(weight)]
+        return parts if self.of_stream is None else [*parts, self.of_stream.to(weight)]
+
+
+def _least_squares(parts: list[torch.Tensor], weight: torch.Tensor, held_out: Moments) -> list[float]:
+    """Factors in [0, 1] of `parts` under which W* comes nearest to what is wanted on the held-out windows."""
+    wanted = weight @ held_out.input_gap.mean().to(weight)
+    if held_out.stream_gap is not None:
+        wanted = wanted + held_out.stream_gap.mean().to(wanted)
+    h = held_out.hessian.mean().to(weight)
+    wide = widest_float(weight.device)
+    dot = lambda a, b: (a * b).sum(dtype=wide)  # noqa: E731
+    powers = [part @ h for part in parts]
+    gram = torch.stack([torch.stack([dot(a, b) for b in parts]) for a in powers]).cpu()
+    right = torch.stack([dot(wanted, part) for part in parts]).cpu()
+    if not gram.any():
+        return [0.0] * len(parts)  # the first layer reads what the float model reads
+    if len(parts) == 1:
+        return [float((right[0] / gram[0, 0]).clamp(0, 1))]
+    return _best_in_square(gram, right)
+
+
+def _best_in_square(gram: torch.Tensor, right: torch.Tensor) -> list[float]:
+    """Minimum of `½ fᵀ G f − rᵀ f` over 0 ≤ f ≤ 1, for two factors: inside, or on one of the sides."""
+    candidates = []
+    inside = torch.linalg.lstsq(gram, right[:, None]).solution[:, 0]
+    if bool(((inside >= 0) & (inside <= 1)).all()):
+        candidates.append(inside)
+    for fixed, free in ((0, 1), (1, 0)):
+        for value in (0.0, 1.0):
+            point = torch.full_like(right, value)
+            rest = right[free] - gram[free, fixed] * value
+            point[free] = (rest / gram[free, free]).nan_to_num(0.0).clamp(0, 1)
+            candidates.append(point)
+    best = min(candidates, key=lambda f: float(f @ gram @ f / 2 - right @ f))
+    return best.tolist()
