@@ -141,6 +141,7 @@ class Bench:
         pipeline.quantize(model, checkpoint, type=kind, rotation=rotation, seed=seed,
                           calibration=str(self.calibration), nsamples=self.options.nsamples,
                           seqlen=self.options.seqlen, embedding_type="f16", head_type="f16",
+                          asymmetric="none", refits=0,  # plain GPTQ: see quantizer_ablation.py for the rest
                           overwrite=True, **self.options.recipe)
         pipeline.export(checkpoint, out, format="gguf", overwrite=True)
         return out

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 from rich.table import Table
-from rotation_limits import arguments, native_layers
+from rotation_limits import layer_arguments, native_layers
 from rotations import GRIDS, Bench, save
 
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
@@ -55,7 +55,7 @@ def spread(measured: torch.Tensor, expected: torch.Tensor) -> float:
 
 def main() -> None:
     """Measure every third layer and print a table."""
-    options = arguments(__doc__.splitlines()[0], "grid_loss")
+    options = layer_arguments(__doc__.splitlines()[0], "grid_loss")
     bench = Bench(options)
     found: dict[tuple[str, str], list] = {}
     for _, layer, stored in native_layers(bench):

@@ -18,15 +18,13 @@ basis and scales. Printed per input, as medians over the layers:
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from rotations import GRIDS, Bench, save
+from rotations import GRIDS, Bench, arguments, save
 
 from optrot_edge.models import open_model
 from optrot_edge.quantize.grids import Grid
@@ -72,17 +70,10 @@ def relative_error(grid: Grid, weight: torch.Tensor) -> float:
     return float(error.square().sum() / weight.square().sum())
 
 
-def arguments(description: str, name: str) -> argparse.Namespace:
+def layer_arguments(description: str, name: str) -> argparse.Namespace:
     """Command line of a script that looks at native layers and writes `name`.json."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--text", help="text file (default: WikiText-2 test, or the built-in text)")
-    parser.add_argument("--nsamples", type=int, default=96)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser = arguments(description, name)
     parser.add_argument("--every", type=int, default=3, help="take every n-th layer")
-    parser.add_argument("--work", type=Path, default=Path("out/bench"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
     return parser.parse_args()
 
 
@@ -97,7 +88,7 @@ def native_layers(bench: Bench) -> Iterator[tuple[int, dict, dict]]:
 
 def main() -> None:
     """Measure every third layer and print medians."""
-    options = arguments(__doc__.splitlines()[0], "rotation_limits")
+    options = layer_arguments(__doc__.splitlines()[0], "rotation_limits")
     bench, rotation, rows = Bench(options), None, []
     for index, layer, stored in native_layers(bench):
         if rotation is None:

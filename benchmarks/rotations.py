@@ -9,10 +9,11 @@ head stay F16 in every arm. KL(float ‖ arm) in nats over the full vocabulary, 
 *Grids.* q4_0 and q4_1 are GGUF's (symmetric and asymmetric, groups of 32), int4-g64-min is MLX's default and
 int4-g64-sym one of ONNX's.
 
-*Arms.* `none`: GPTQ on the model as it is. `hadamard`, `optrot`: random Hadamard R1 and R2, and OptRot from
-there. `plus`: OptRot+ from the native model, R1, R2 and channel scales; `plus-r2` the same without R1, which
-leaves the embedding tied; `plus-hadamard`: OptRot+ from the random Hadamard; `plus-no-scales` and
-`plus-scales-only` are its ablations. `-permuted` after a name takes the control model.
+*Arms.* Plain GPTQ after each (`quantizer_ablation.py` has the rest of the quantiser). `none`: the model as it is.
+`hadamard`, `optrot`: random Hadamard R1 and R2, and OptRot from there. `plus`: OptRot+ from the native model, R1, R2
+and channel scales; `plus-r2` the same without R1, which leaves the embedding tied; `plus-hadamard`: OptRot+ from the
+random Hadamard; `plus-no-scales` and `plus-scales-only` are its ablations. `-permuted` after a name takes the control
+model.
 
 Ratios to `none` carry a paired bootstrap 95 % interval over evaluation windows. The result of every arm is
 written to `--out` at once; a second run continues and refuses other settings.
@@ -21,11 +22,13 @@ written to `--out` at once; a second run continues and refuses other settings.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +91,7 @@ class Bench:
         """What the arm stands for."""
         return Recipe(type=grid, embedding_type="f16", head_type="f16", calibration=str(self.calibration), seed=seed,
                       nsamples=self.options.nsamples, seqlen=self.options.seqlen,
-                      **ARMS[arm.removesuffix("-permuted")])
+                      asymmetric="none", refits=0, **ARMS[arm.removesuffix("-permuted")])
 
     def measure(self, grid: str, arm: str, seed: int) -> dict:
         """Make the arm's checkpoint and score it."""
@@ -159,40 +162,48 @@ def save(path: Path, results: dict) -> None:
     os.replace(partial, path)
 
 
-def main() -> None:
-    """Measure what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """What every script in this frame takes; it writes results/`name`.json."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", help="text file (default: WikiText-2 test, or the built-in text)")
-    parser.add_argument("--grids", nargs="+", default=GRIDS)
-    parser.add_argument("--arms", nargs="+", default=["none", "optrot", "plus", "plus-r2", "plus-hadamard"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--nsamples", type=int, default=96)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, default=Path("out/bench"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rotations.json")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
+    return parser
+
+
+def measure_missing(bench: Bench, ratios_of: Callable[[list[dict]], dict]) -> dict:
+    """Measure the arms that `--out` lacks, writing each at once; InputError if it holds other settings'."""
+    options = bench.options
+    results = json.loads(options.out.read_text()) if options.out.exists() else {
+        "settings": bench.settings, "versions": pipeline.versions(), "rows": []}
+    if results["settings"] != bench.settings:
+        raise InputError(f"{options.out} was measured with other settings; choose another --out or remove it")
+    done = {(row["grid"], row["arm"], row["seed"]) for row in results["rows"]}
+    for grid, arm, seed in itertools.product(options.grids, options.arms, options.seeds):
+        if (grid, arm, seed) in done or (seed != options.seeds[0] and arm.startswith("none")):
+            continue
+        results["rows"].append(bench.measure(grid, arm, seed))
+        results["ratios"] = ratios_of(results["rows"])
+        save(options.out, results)
+        row = results["rows"][-1]
+        console.print(f"{grid} {arm} {seed}: KL {row['kl']:.4f}, {row['seconds']}")
+    return results
+
+
+def main() -> None:
+    """Measure what is missing, print the table."""
+    parser = arguments(__doc__.splitlines()[0], "rotations")
+    parser.add_argument("--grids", nargs="+", default=GRIDS)
+    parser.add_argument("--arms", nargs="+", default=["none", "optrot", "plus", "plus-r2", "plus-hadamard"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     try:
-        bench = Bench(options)
-        results = json.loads(options.out.read_text()) if options.out.exists() else {
-            "settings": bench.settings, "versions": pipeline.versions(), "rows": []}
-        if results["settings"] != bench.settings:
-            raise InputError(f"{options.out} was measured with other settings; choose another --out or remove it")
-        done = {(row["grid"], row["arm"], row["seed"]) for row in results["rows"]}
-        for grid in options.grids:
-            for arm in options.arms:
-                for seed in options.seeds:
-                    if (grid, arm, seed) in done or (seed != options.seeds[0] and arm.startswith("none")):
-                        continue
-                    results["rows"].append(bench.measure(grid, arm, seed))
-                    results["ratios"] = ratios(results["rows"])
-                    save(options.out, results)
-                    row = results["rows"][-1]
-                    console.print(f"{grid} {arm} {seed}: KL {row['kl']:.4f}, {row['seconds']}")
+        print_table(measure_missing(Bench(parser.parse_args()), ratios))
     except InputError as error:
         sys.exit(f"error: {error}")
-    print_table(results)
 
 
 if __name__ == "__main__":

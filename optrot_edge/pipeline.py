@@ -92,7 +92,8 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
 
     rotated = RotatedModel(source, rotation, inputs.device)
     options = QuantizerOptions(recipe.type, recipe.embedding_type, recipe.head_type, recipe.quantizer,
-                               recipe.damp, recipe.act_order, recipe.asymmetric, device=inputs.device)
+                               recipe.damp, recipe.act_order, recipe.asymmetric, recipe.refits,
+                               device=inputs.device)
     quantizer = SequentialQuantizer(rotated, options, inputs.tokens)
     quantizer.run(writer, lambda done, total, worst: progress(
         "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))

@@ -179,7 +179,7 @@ def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
                            + 8 * widest * widest)
     flops = _observing_flops(config, tokens)
     if recipe.quantizer == "gptq":
-        flops += 4 * body * widest  # float64
+        flops += (4 + 6 * recipe.refits) * body * widest  # GPTQ in float64, the systems of the refits besides
     if recipe.asymmetric != "none":  # another stream, its products with the first, and five more sums like a Hessian
         flops += 2 * _observing_flops(config, tokens)
         peak += 4 * tokens * hidden + 4 * layer + 40 * widest * widest

@@ -24,6 +24,7 @@ class Recipe:
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
     `asymmetric`: GPTQ makes up for errors made before, see `optrot_edge.quantize.asymmetric`; None: as far as it can.
+    `refits`: how often scales are fitted again once GPTQ has chosen codes, see `optrot_edge.quantize.refit`.
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
@@ -50,6 +51,7 @@ class Recipe:
     damp: float = 0.1
     act_order: bool = True
     asymmetric: str | None = None
+    refits: int = 2
     seed: int = 0
     device: str = "auto"
 
@@ -73,6 +75,8 @@ class Recipe:
         self.optrot_options()
         if not 0 < self.damp < 1:
             raise InputError(f"--damp {self.damp}: a fraction between 0 and 1 is needed")
+        if self.refits < 0:
+            raise InputError(f"--refits {self.refits}: 0 or more is needed")
         if self.nsamples < 1 or self.seqlen < 2:
             raise InputError("--nsamples must be at least 1 and --seqlen at least 2")
 

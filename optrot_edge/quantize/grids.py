@@ -49,6 +49,12 @@ class GridParams:
         return GridParams(self.scales[rows], None if self.offsets is None else self.offsets[rows],
                           {name: part[rows] for name, part in self.stored.items()})
 
+    def where(self, chosen: torch.Tensor, other: GridParams) -> GridParams:
+        """These parameters in the `chosen` [out] rows, `other`'s in the rest."""
+        pick = lambda a, b: None if a is None else torch.where(chosen[:, None], a, b)  # noqa: E731
+        return GridParams(pick(self.scales, other.scales), pick(self.offsets, other.offsets),
+                          {name: pick(part, other.stored[name]) for name, part in self.stored.items()})
+
     @classmethod
     def join(cls, parts: list[GridParams]) -> GridParams:
         """Row chunks put together again."""

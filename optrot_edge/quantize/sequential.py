@@ -18,8 +18,9 @@ from optrot_edge.errors import InputError
 from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
 from optrot_edge.quantize.asymmetric import Moments, corrected, held_out_count
-from optrot_edge.quantize.gptq import gptq, prepare_hessian
+from optrot_edge.quantize.gptq import prepare_hessian
 from optrot_edge.quantize.grids import Grid
+from optrot_edge.quantize.refit import gptq_with_refits
 from optrot_edge.quantize.statistics import matrix_report
 from optrot_edge.recipe import ASYMMETRIC
 
@@ -33,7 +34,8 @@ class QuantizerOptions:
     """`body`, `embedding`, `head`: grid names, or f16/f32 to keep floats; rows that do not fill super-blocks get the
     type that `fitting_type` says. `method`: "gptq" or "rtn".
     `damp`: fraction of the mean Hessian diagonal. `asymmetric`: what GPTQ's targets make up for: "none", errors of the
-    "inputs", or those of the "residual" stream too. `batch_size`: calibration windows at a time."""
+    "inputs", or those of the "residual" stream too. `refits`: how often GPTQ's scales are fitted again.
+    `batch_size`: calibration windows at a time."""
 
     body: str = "q4_0"
     embedding: str = "q4_0"
@@ -42,6 +44,7 @@ class QuantizerOptions:
     damp: float = 0.1
     act_order: bool = True
     asymmetric: str = "none"
+    refits: int = 0
     batch_size: int = 8
     device: str = "cpu"
 
@@ -52,6 +55,8 @@ class QuantizerOptions:
             raise InputError(f"unknown asymmetric calibration {self.asymmetric!r}; use {', '.join(ASYMMETRIC)}")
         if self.asymmetric != "none" and self.method == "rtn":
             raise InputError("asymmetric calibration moves GPTQ's targets; round-to-nearest has none")
+        if self.refits < 0:
+            raise InputError(f"refits is {self.refits}; it counts and cannot be negative")
         for name in (self.body, self.embedding, self.head):
             if name not in FLOAT_TYPES:
                 Grid(name)
@@ -196,7 +201,7 @@ class SequentialQuantizer:
         if self._float_stream is not None:
             weights, factors = corrected(weights, *moments, self.options.damp)
         stacked = torch.cat(list(weights.values()))
-        codes, params = self._choose_codes(stacked, grid, hessian, prepared)
+        codes, params = self._choose_codes(stacked, grid, hessian, prepared, self.options.refits)
         common = {} if prepared is None else {"damp": prepared.damp, "damp_escalations": prepared.escalations,
                                               "dead_columns": int(prepared.dead.sum()),
                                               "tr_d_over_tr_h": prepared.feedback_gain(hessian)}
@@ -218,12 +223,12 @@ class SequentialQuantizer:
         return prepare_hessian(hessian, damp=self.options.damp, act_order=self.options.act_order)
 
     @staticmethod
-    def _choose_codes(weight: torch.Tensor, grid: Grid, hessian, prepared):
+    def _choose_codes(weight: torch.Tensor, grid: Grid, hessian, prepared, refits: int = 0):
         """Codes and frozen parameters."""
         params = grid.fit(weight, None if hessian is None else hessian.diagonal())
         if prepared is None:
             return grid.round(weight, params), params
-        return gptq(weight, prepared, grid, params), params
+        return gptq_with_refits(weight, hessian, prepared, grid, params, refits)
 
     def _quantize_plain(self, name: str, weight: torch.Tensor, kind: str, hessian=None):
         """Embedding or head: weighted round-to-nearest, or GPTQ when there is a Hessian and it is asked."""

@@ -1,0 +1,85 @@
+"""What each part of the quantiser brings: KL of GPTQ with and without it, in the frame of `rotations.py`.
+
+    python benchmarks/quantizer_ablation.py --text wiki.test.raw
+
+*Model, text, score.* As in `rotations.py`: the dithered SmolLM2-135M, 96 × 256 calibration tokens, 32 × 256 evaluation
+tokens, embedding and head F16, KL(float ‖ arm) in nats, decoded weights in torch, float32.
+
+*Arms.* `gptq`: GPTQ on frozen grids and the quantised model's inputs, nothing more. `inputs`, `residual`: it makes up
+for the errors made before it in its inputs, and in the residual stream too (`asymmetric`). `refit`: scales fitted again
+after it, twice (`refits`). `default`: residual and refit. `plus-r2` after a + rotates with OptRot+ (R2, scales) first.
+
+Ratios to `gptq` carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rotations import ARMS as ROTATIONS
+from rotations import Bench, arguments, measure_missing
+from scoring import bootstrap_ratio
+
+from optrot_edge.errors import InputError
+from optrot_edge.recipe import Recipe
+
+PARTS = {
+    "gptq": {"asymmetric": "none", "refits": 0},
+    "inputs": {"asymmetric": "inputs", "refits": 0},
+    "residual": {"asymmetric": "residual", "refits": 0},
+    "refit": {"asymmetric": "none", "refits": 2},
+    "default": {"asymmetric": "residual", "refits": 2},
+}
+
+
+class Ablation(Bench):
+    """Arms that differ in the quantiser."""
+
+    def recipe(self, grid: str, arm: str, seed: int) -> Recipe:
+        """`part` or `part+rotation`."""
+        part, _, rotation = arm.partition("+")
+        fields = ROTATIONS[rotation or "none"] | PARTS[part]
+        return Recipe(type=grid, embedding_type="f16", head_type="f16", calibration=str(self.calibration), seed=seed,
+                      nsamples=self.options.nsamples, seqlen=self.options.seqlen, **fields)
+
+
+def ratios(rows: list[dict]) -> dict:
+    """Per grid and arm: KL and its ratio to `gptq`."""
+    found: dict = {}
+    for row in rows:
+        base = [r["kl_windows"] for r in rows if (r["grid"], r["arm"], r["seed"]) == (row["grid"], "gptq", row["seed"])]
+        entry = {"kl": float(np.mean(row["kl_windows"]))}
+        if base and row["arm"] != "gptq":
+            entry |= bootstrap_ratio(np.array([row["kl_windows"]]), np.array(base[0]))
+        found.setdefault(row["grid"], {})[row["arm"]] = entry
+    return found
+
+
+def print_table(results: dict) -> None:
+    """KL and ratios, grid by grid."""
+    table = Table("grid", "arm", "KL", "to gptq (95 %)", "seconds")
+    seconds = {(row["grid"], row["arm"]): row["seconds"]["quantise"] for row in results["rows"]}
+    for grid, arms in results["ratios"].items():
+        for arm, entry in sorted(arms.items(), key=lambda item: -item[1]["kl"]):
+            ratio = f"{entry['ratio']:.3f} ({entry['low']:.3f}-{entry['high']:.3f})" if "ratio" in entry else ""
+            table.add_row(grid, arm, f"{entry['kl']:.4f}", ratio, f"{seconds[grid, arm]:.0f}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def main() -> None:
+    """Measure what is missing, print the table."""
+    parser = arguments(__doc__.splitlines()[0], "quantizer_ablation")
+    parser.add_argument("--grids", nargs="+", default=["q4_1", "q4_0"])
+    parser.add_argument("--arms", nargs="+", default=[*PARTS, "default+plus-r2"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    try:
+        print_table(measure_missing(Ablation(parser.parse_args()), ratios))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
