@@ -81,7 +81,7 @@ def test_what_was_measured_and_why(made):
     assert auto["chosen"].startswith("OptRot+") and min(arms, key=lambda name: arms[name]["cost"]).startswith("OptRot+")
     assert auto["why"].startswith(f"{auto['chosen']}: KL {arms[auto['chosen']]['kl']:.4f} at ")
     assert f"times that without rotation ({arms['none']['kl']:.4f} at " in auto["why"]
-    assert f"; OptRot {arms['OptRot']['kl']:.4f} at " in auto["why"]
+    assert f" OptRot {arms['OptRot']['kl']:.4f} at " in auto["why"]  # after "; " or ", "
     calls = made[1]["untied"]
     assert [call[3] for call in calls if call[0] == "arm"] == list(arms)
     assert [call for call in calls if call[0] == "choose"] == [("choose", 1, 1, auto["why"])]
