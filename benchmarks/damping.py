@@ -24,7 +24,7 @@ from optrot_edge.models import forward, open_model
 from optrot_edge.quantize.calibration import sample_windows
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
-from optrot_edge.quantize.statistics import HessianSum, output_error
+from optrot_edge.quantize.statistics import MeanProduct, output_error
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 
 LAYERS = (0, 3, 8, 14, 20, 26, 29)
@@ -33,7 +33,7 @@ DAMPS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 def hessian(x: torch.Tensor) -> torch.Tensor:
     """E[xxᵀ] of activations [windows, length, width]."""
-    total = HessianSum(x.shape[-1], "cpu")
+    total = MeanProduct(x.shape[-1], x.shape[-1], "cpu")
     for part in x.split(8):
         total.add(part)
     return total.mean()

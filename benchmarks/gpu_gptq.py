@@ -100,7 +100,8 @@ def peer(weight: torch.Tensor, hessian: torch.Tensor):
     """gptqmodel's quantisation of the same matrix (its factorisation and scales included), where it is installed."""
     try:
         from gptqmodel.quantization.gptq import GPTQ
-    except Exception:  # it is not a dependency, and its import may fail in many ways
+    except (ImportError, OSError, RuntimeError) as error:  # it is no dependency; libraries of another CUDA fail late
+        print(f"gptqmodel is left out: {error}")
         return None
 
     def run():

@@ -20,7 +20,7 @@ from optrot_edge.models.forward import logits
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
-from optrot_edge.quantize.statistics import HessianSum, output_error
+from optrot_edge.quantize.statistics import MeanProduct, output_error
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.optrot import OptRotOptions, cayley_step, initial_rotation, learn, polar_step
 from optrot_edge.rotations.rotation import ORTHOGONALITY, orthogonality_error
@@ -192,14 +192,14 @@ def calibration(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
 
 def hessian_of(x: torch.Tensor, device: str) -> torch.Tensor:
     """E[xxᵀ] accumulated on the device in eight parts."""
-    total = HessianSum(x.shape[1], device)
+    total = MeanProduct(x.shape[1], x.shape[1], device)
     for part in x.chunk(8):
         total.add(part.to(device))
     return total.mean()
 
 
 def matrix_checks(device: str) -> list[dict]:
-    """One matrix through HessianSum, Grid.fit and GPTQ on each side."""
+    """One matrix through MeanProduct, Grid.fit and GPTQ on each side."""
     size = 1024 if device == "cuda" else 128
     x, model = calibration(4 * size, size), random_model(size, size, 4, 4, layers=1)
     weight = model.layer(0)["gate_proj.weight"]

@@ -20,10 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rotations import ARMS as ROTATIONS
-from rotations import Bench, arguments, measure_missing
+from rotations import Bench, arguments, run
 from scoring import bootstrap_ratio
 
-from optrot_edge.errors import InputError
 from optrot_edge.recipe import Recipe
 
 PARTS = {
@@ -69,17 +68,6 @@ def print_table(results: dict) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def main() -> None:
-    """Measure what is missing, print the table."""
-    parser = arguments(__doc__.splitlines()[0], "quantizer_ablation")
-    parser.add_argument("--grids", nargs="+", default=["q4_1", "q4_0"])
-    parser.add_argument("--arms", nargs="+", default=[*PARTS, "default+plus-r2"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    try:
-        print_table(measure_missing(Ablation(parser.parse_args()), ratios))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run(arguments(__doc__.splitlines()[0], "quantizer_ablation"), Ablation, ["q4_1", "q4_0"],
+        [*PARTS, "default+plus-r2"], ratios, print_table)

@@ -194,17 +194,17 @@ def measure_missing(bench: Bench, ratios_of: Callable[[list[dict]], dict]) -> di
     return results
 
 
-def main() -> None:
-    """Measure what is missing, print the table."""
-    parser = arguments(__doc__.splitlines()[0], "rotations")
-    parser.add_argument("--grids", nargs="+", default=GRIDS)
-    parser.add_argument("--arms", nargs="+", default=["none", "optrot", "plus", "plus-r2", "plus-hadamard"])
+def run(parser: argparse.ArgumentParser, make_bench: Callable[..., Bench], grids, arms, ratios_of, show) -> None:
+    """Command line of a script of arms: measure what is missing, `show` the results."""
+    parser.add_argument("--grids", nargs="+", default=grids)
+    parser.add_argument("--arms", nargs="+", default=arms)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     try:
-        print_table(measure_missing(Bench(parser.parse_args()), ratios))
+        show(measure_missing(make_bench(parser.parse_args()), ratios_of))
     except InputError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    run(arguments(__doc__.splitlines()[0], "rotations"), Bench, GRIDS,
+        ["none", "optrot", "plus", "plus-r2", "plus-hadamard"], ratios, print_table)

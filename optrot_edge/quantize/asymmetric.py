@@ -6,7 +6,7 @@ stream (o_proj, down_proj) makes up for r − r̃ too:
 
     W* = W + α V + β U,  V = W E[(x−x̃)x̃ᵀ] (H̃+λI)⁻¹,  U = E[(r−r̃)x̃ᵀ] (H̃+λI)⁻¹,  H̃ = E[x̃x̃ᵀ].
 
-The whole correction would over-fit the calibration text. So V and U are computed on some of its windows, α and β by
+V and U have the noise of the calibration text in them. So they are computed on some of its windows, α and β by
 least squares on the others (one in `HELD_OUT`; each between 0 and 1), and then V and U again on all.
 """
 
@@ -42,7 +42,7 @@ class Moments:
 
     def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, gap: torch.Tensor | None = None) -> None:
         """Add x̃, x and r − r̃ of the same tokens, each [..., channels]; the last two where they are kept."""
-        self.hessian.add(x, x)
+        self.hessian.add(x)
         if self.input_gap is not None:
             self.input_gap.add(x_float - x, x)
         if self.stream_gap is not None:
@@ -53,6 +53,13 @@ class Moments:
         for name, mine in vars(self).items():
             setattr(both, name, None if mine is None else mine + vars(other)[name])
         return both
+
+
+def mean_hessian(moments: list[Moments]) -> torch.Tensor | None:
+    """H̃ over all windows; None without any."""
+    if not moments:
+        return None
+    return sum((more.hessian for more in moments[1:]), start=moments[0].hessian).mean()
 
 
 def corrected(weights: dict[str, torch.Tensor], fit: Moments, held_out: Moments, damp: float) -> tuple[

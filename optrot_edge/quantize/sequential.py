@@ -17,7 +17,7 @@ from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
-from optrot_edge.quantize.asymmetric import Moments, corrected, held_out_count
+from optrot_edge.quantize.asymmetric import Moments, corrected, held_out_count, mean_hessian
 from optrot_edge.quantize.gptq import prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.refit import gptq_with_refits
@@ -124,17 +124,19 @@ class SequentialQuantizer:
                 floats = self._float_stream[windows].split(self.options.batch_size)
             yield from ((part, whole, held_out) for part, whole in zip(parts, floats, strict=True) if len(part))
 
-    def _observe(self, inputs: Callable, float_inputs: Callable | None, width: int, writes: bool) -> tuple | None:
-        """Moments of a stage's inputs over the windows to fit on and over those held out; None without calibration."""
+    def _observe(self, inputs: Callable, float_inputs: Callable | None, width: int, writes: bool) -> list[Moments]:
+        """Moments of a stage's inputs over the windows to fit on and, where some are, over those held out; empty
+        without calibration."""
         if self._stream is None:
-            return None
+            return []
         gap = writes and self.options.asymmetric == "residual"
         hidden = self.config.hidden_size if gap else None
-        sums = [Moments(width, self.device, float_inputs=float_inputs is not None, hidden=hidden) for _ in range(2)]
+        sums = [Moments(width, self.device, float_inputs=float_inputs is not None, hidden=hidden)
+                for _ in range(2 if self._held_out else 1)]
         for part, whole, held_out in self._parts():
             sums[held_out].add(inputs(part), None if float_inputs is None else float_inputs(whole),
                                (whole - part).to(self.device) if gap else None)
-        return tuple(sums)
+        return sums
 
     def _remembered(self, inputs: Callable, width: int) -> Callable:
         """`inputs` that computes each part once, when all of them fit KEEP_BYTES."""
@@ -164,12 +166,14 @@ class SequentialQuantizer:
         for names in STAGES:
             name, writes = names[0], names[0] in ("o_proj", "down_proj")
             width = layer[f"{name}.weight"].shape[1]
-            keep = (lambda f, width=width: self._remembered(f, width)) if writes else (lambda f: f)
-            inputs, float_inputs = keep(reads[name]), None if aims is None else keep(aims[name])
+            inputs, float_inputs = reads[name], None if aims is None else aims[name]
+            if writes:  # read again below
+                inputs = self._remembered(inputs, width)
+                float_inputs = None if aims is None else self._remembered(float_inputs, width)
             moments = self._observe(inputs, float_inputs, width, writes)
             stored = self._quantize_linears(prefix, layer, names, moments)
             out |= {f"{prefix}{name}.weight": tensor for name, tensor in stored.items()}
-            if writes and moments is not None:
+            if writes and moments:
                 for part, whole, _ in self._parts():
                     part += forward.linear(inputs(part), layer, name).to(part.device)
                     if whole is not None:
@@ -189,13 +193,13 @@ class SequentialQuantizer:
                 "gate_proj": lambda x: normed(x, "mlp_norm"),
                 "down_proj": lambda x: forward.mlp_hidden(normed(x, "mlp_norm"), layer, r4_block=model.r4_block)}
 
-    def _quantize_linears(self, prefix: str, layer: dict, names, moments: tuple | None) -> dict:
+    def _quantize_linears(self, prefix: str, layer: dict, names, moments: list[Moments]) -> dict:
         """Quantise matrices that share an input; `layer` is updated with the decoded weights."""
         if self.options.body in FLOAT_TYPES:
             return {name: as_float(layer[f"{name}.weight"], self.options.body) for name in names}
         weights = {name: layer[f"{name}.weight"] for name in names}
         grid = Grid(fitting_type(self.options.body, weights[names[0]].shape[1]))
-        hessian = None if moments is None else (moments[0].hessian + moments[1].hessian).mean()
+        hessian = mean_hessian(moments)
         prepared = self._prepare(hessian)
         factors: dict[str, dict] = {}
         if self._float_stream is not None:
@@ -254,7 +258,7 @@ class SequentialQuantizer:
         gain, eps = norm.to(self.device), self.config.rms_norm_eps
         moments = self._observe(lambda x: forward.rms_norm(x.to(self.device), gain, eps), None,
                                 self.config.hidden_size, writes=False)
-        hessian = None if moments is None else (moments[0].hessian + moments[1].hessian).mean()
+        hessian = mean_hessian(moments)
         head = self.model.lm_head(torch.float32)
         if head is None:
             diagonal = None if hessian is None else hessian.diagonal().diag()

@@ -16,8 +16,9 @@ class MeanProduct:
         self.total = torch.zeros(rows, columns, dtype=widest_float(device), device=device)
         self.tokens = 0
 
-    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add activations [..., rows] and [..., columns]."""
+    def add(self, left: torch.Tensor, right: torch.Tensor | None = None) -> None:
+        """Add activations [..., rows] and [..., columns]; the same twice for a Hessian E[xxᵀ]."""
+        right = left if right is None else right
         left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
         self.total += (left.T @ right).to(self.total)
         self.tokens += len(left)
@@ -30,17 +31,6 @@ class MeanProduct:
     def mean(self) -> torch.Tensor:
         """E[a bᵀ] [rows, columns]."""
         return self.total / self.tokens
-
-
-class HessianSum(MeanProduct):
-    """H = E[xxᵀ] accumulated over tokens."""
-
-    def __init__(self, width: int, device):
-        super().__init__(width, width, device)
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add activations [..., width]."""
-        super().add(x, x)
 
 
 def incoherence(weight: torch.Tensor) -> float:

@@ -23,7 +23,7 @@ from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
-from optrot_edge.quantize.statistics import HessianSum
+from optrot_edge.quantize.statistics import MeanProduct
 from optrot_edge.rotations.rotation import Rotation
 
 INPUTS = {"attn": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "mlp": ("gate_proj", "up_proj"),
@@ -100,8 +100,8 @@ def _collect(source, tokens, device, batch_size, folder: Path, progress) -> None
     stream = F.embedding(tokens, source.embedding(torch.float32))
     for index in range(config.num_hidden_layers):
         layer = {k: v.to(device) for k, v in source.layer(index, torch.float32).items()}
-        sums = {name: HessianSum(layer[f"{readers[0]}.weight"].shape[1], device)
-                for name, readers in INPUTS.items()}
+        widths = {name: layer[f"{readers[0]}.weight"].shape[1] for name, readers in INPUTS.items()}
+        sums = {name: MeanProduct(width, width, device) for name, width in widths.items()}
         for part in stream.split(batch_size):
             part.copy_(_observe(part.to(device), layer, config, rope, sums))
         means = {name: total.mean().float().cpu().contiguous() for name, total in sums.items()}
@@ -116,7 +116,7 @@ def _collect(source, tokens, device, batch_size, folder: Path, progress) -> None
             progress(index + 1, config.num_hidden_layers)
 
 
-def _observe(x: torch.Tensor, layer: Layer, config: ModelConfig, rope, sums: dict[str, HessianSum]) -> torch.Tensor:
+def _observe(x: torch.Tensor, layer: Layer, config: ModelConfig, rope, sums: dict[str, MeanProduct]) -> torch.Tensor:
     """One layer on the residual stream `x` [batch, length, hidden]; its four inputs are added to `sums`."""
     ones, eps = torch.ones_like(layer["attn_norm.weight"]), config.rms_norm_eps
     normed = forward.rms_norm(x, ones, eps)
