@@ -19,10 +19,13 @@ from gpu_speed import milliseconds
 from optrot_edge.checkpoint import CheckpointWriter
 from optrot_edge.kernels.gptq import BLOCK
 from optrot_edge.models.config import ModelConfig
+from optrot_edge.models.family import get_family
 from optrot_edge.quantize.gptq import PreparedHessian, gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
 from optrot_edge.quantize.statistics import output_error
+from optrot_edge.recipe import Recipe
+from optrot_edge.tensor_types import tensor_types
 
 # Matrices [out, in] of Llama-3.1-8B and of SmolLM2-135M, and whether the bars hold them: small ones are all launches.
 SHAPES = {"q, o 8B": (4096, 4096, True), "gate, up 8B": (14336, 4096, True), "down 8B": (4096, 14336, True),
@@ -165,7 +168,8 @@ def layer_times(device: str) -> list[dict]:
                          4096, tie_word_embeddings=False)
     model = WholeModel(config, device)
     tokens = torch.randint(config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(1))
-    options = QuantizerOptions(embedding="f16", head="f16", batch_size=4, device=device)
+    types = tensor_types(get_family("llama"), config, Recipe(rotation="none", embedding_type="f16", head_type="f16"))
+    options = QuantizerOptions(types, batch_size=4, device=device)
     quantizer = SequentialQuantizer(model, options, tokens)
     ticks = [time.perf_counter()]
 

@@ -16,14 +16,17 @@ import torch
 from optrot_edge.checkpoint import CheckpointWriter
 from optrot_edge.kernels.fourth_power import fourth_power
 from optrot_edge.models.config import ModelConfig
+from optrot_edge.models.family import get_family
 from optrot_edge.models.forward import logits
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
 from optrot_edge.quantize.statistics import MeanProduct, output_error
+from optrot_edge.recipe import Recipe
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.optrot import OptRotOptions, cayley_step, initial_rotation, learn, polar_step
 from optrot_edge.rotations.rotation import ORTHOGONALITY, orthogonality_error
+from optrot_edge.tensor_types import tensor_types
 
 # Bounds on what the order of float32 sums may change: about a hundred times what rounding every product and
 # sum differently changes on a CPU. In sampled steps it also swaps a row now and then. The GPU's gradients are
@@ -228,7 +231,9 @@ def layer_checks(device: str) -> list[dict]:
     rotation = initial_rotation(model.config, {"r1", "r2"}, generator, r4_block=32)
     reports = []
     for place in ("cpu", device):
-        quantizer = SequentialQuantizer(RotatedModel(model, rotation, place), QuantizerOptions(device=place), tokens)
+        rotated = RotatedModel(model, rotation, place)
+        types = tensor_types(get_family("llama"), rotated.config, Recipe(rotation="none"))
+        quantizer = SequentialQuantizer(rotated, QuantizerOptions(types, device=place), tokens)
         with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder) / "checkpoint") as writer:
             quantizer.run(writer)
         reports.append(quantizer.reports)

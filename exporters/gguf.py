@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,19 +77,25 @@ def tensor_data(planned: PlannedTensor, checkpoint: QuantizedCheckpoint, plan: P
     return np.ascontiguousarray(tensor if order is None else tensor[order])
 
 
+def metadata_bytes(plan: Plan) -> int:
+    """Bytes of a file that are not tensors, at most: header, keys, tensor list, padding."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer = GGUFWriter(None, plan.arch)
+        try:
+            _write_header(writer, plan, path)
+            writer.flush()
+        finally:
+            writer.close()
+        one_more = 256  # an output.weight, if a rotation unties it
+        return path.stat().st_size + writer.data_alignment * (len(plan.tensors) + 2) + one_more
+
+
 def write_gguf(plan: Plan, checkpoint: QuantizedCheckpoint, path: Path, report: Progress) -> None:
     """Write the planned file: header, keys and tensor list first, then one tensor after another."""
     writer = GGUFWriter(None, plan.arch)
     try:
-        for key, entry in plan.entries.items():
-            if key != "general.architecture":  # the writer's constructor has set it
-                writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
-        for planned in plan.tensors:
-            writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), planned.nbytes,
-                                   raw_dtype=planned.type)
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        _write_header(writer, plan, path)
         done = 0
         for planned in plan.tensors:
             writer.write_tensor_data(tensor_data(planned, checkpoint, plan))
@@ -98,6 +105,18 @@ def write_gguf(plan: Plan, checkpoint: QuantizedCheckpoint, path: Path, report: 
         os.fsync(writer.fout[0].fileno())
     finally:
         writer.close()
+
+
+def _write_header(writer: GGUFWriter, plan: Plan, path: Path) -> None:
+    for key, entry in plan.entries.items():
+        if key != "general.architecture":  # the writer's constructor has set it
+            writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
+    for planned in plan.tensors:
+        writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), planned.nbytes,
+                               raw_dtype=planned.type)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _remove(path: Path) -> None:

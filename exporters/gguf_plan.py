@@ -18,6 +18,7 @@ from optrot_edge.exporters.gguf_entries import Entries, f32, read_entries, strin
 from optrot_edge.exporters.gguf_vocab import vocabulary
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import Family, get_family
+from optrot_edge.tensor_types import all_shapes
 
 ROPE_FREQS = "rope_freqs.weight"
 _RECOMPUTED = {f"general.{key}" for key in ("architecture", "type", "name", "size_label", "file_type",
@@ -97,12 +98,27 @@ def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
     file_type = _file_type(tensors)
     notes = checkpoint.manifest.get("notes")
     plan = Plan(family.gguf_arch, file_type, {}, tensors, factors, list(notes) if isinstance(notes, list) else [])
-    folder = checkpoint.path / "tokenizer"
-    plan.entries = (_general_entries(plan, folder, name, config)
-                    | _model_entries(family.gguf_arch, config, plan.notes)
-                    | vocabulary(folder, config.vocab_size, vocab_from=vocab_from,
-                                 special_ids=_special_ids(config)))
+    plan.entries = _entries(plan, checkpoint.path / "tokenizer", name, config, vocab_from)
     return plan
+
+
+def plan_of_model(config: ModelConfig, folder: Path, *, vocab_from: Path | None = None) -> Plan:
+    """The plan of a model that is not quantised yet, all of it float32: keys and names are those of its package.
+
+    `folder` is where its tokenizer was saved. Raises InputError for a vocabulary that GGUF cannot have.
+    """
+    family = get_family(config.family)
+    factors = _rope_factors(family, config)
+    tensors = [PlannedTensor(family.gguf_name(source), source, shape, GGMLQuantizationType.F32)
+               for source, shape in all_shapes(family, config).items()]
+    plan = Plan(family.gguf_arch, LlamaFileType.ALL_F32, {}, tensors, factors)
+    plan.entries = _entries(plan, folder, None, config, vocab_from)
+    return plan
+
+
+def _entries(plan: Plan, folder: Path, name: str | None, config: ModelConfig, vocab_from: Path | None) -> Entries:
+    return (_general_entries(plan, folder, name, config) | _model_entries(plan.arch, config, plan.notes)
+            | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=_special_ids(config)))
 
 
 def _check_rotation(rotation: dict) -> None:
@@ -123,10 +139,7 @@ def _expected_shapes(checkpoint: QuantizedCheckpoint, family: Family, config: Mo
     if not config.tie_word_embeddings and "lm_head.weight" not in checkpoint:
         raise InputError(f"{checkpoint.path}: no lm_head.weight although the model says that it is not tied "
                          "to the embedding; llama.cpp would use the embedding in its place")
-    shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"layers.{i}.{key}": shape for key, shape in family.layer_shapes(config).items()}
-    shapes |= family.outer_shapes(config)
+    shapes = all_shapes(family, config)
     for name in [*shapes, *checkpoint.names]:
         stored = checkpoint.manifest["tensors"].get(name)
         if name not in shapes or stored is None or tuple(stored["shape"]) != shapes[name]:

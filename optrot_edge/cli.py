@@ -15,9 +15,12 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from optrot_edge.budget import parse_bytes
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS
 from optrot_edge.processes import process_count, process_rank
+from optrot_edge.recipe import DEFAULT_TYPE
+from optrot_edge.tensor_types import PRESETS
 from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -58,10 +61,21 @@ Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower 
 Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Type = Annotated[str, typer.Option(help=f"Type of the decoder's matrices: {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}; "
-                                        "in checkpoints only: int4-g128-sym, mlx-4bit-g64 and the like.")]
+Type = Annotated[str | None, typer.Option(
+    help=f"Type of the decoder's matrices: {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}; llama.cpp's mixes "
+         f"{', '.join(PRESETS)}; in checkpoints only: int4-g128-sym, mlx-4bit-g64 and the like (default: "
+         f"{DEFAULT_TYPE}).")]
 EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding (default: --type).")]
-HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0).")]
+HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
+                                                   "a mix the mix's).")]
+TensorType = Annotated[list[str] | None, typer.Option(
+    metavar="PATTERN=TYPE", help="Type of the matrices whose name the regular expression finds, such as "
+                                 "ffn_down=q6_k or 'blk\\.[0-3]\\.attn_v=q8_0'; repeatable, the first "
+                                 "that finds counts.")]
+TargetBpw = Annotated[float | None, typer.Option(help="Bits per weight of all tensors together: types by measured KL "
+                                                      "per byte, instead of --type.")]
+TargetSize = Annotated[str | None, typer.Option(metavar="BYTES", help="The same with a size: 90000000, 90MB or "
+                                                "1.5GiB; of the file in export, of the tensors in quantize.")]
 Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
 Calibration = Annotated[str, typer.Option(help="builtin (Python's own help texts), a text file, a hub dataset "
                                                "name[:config], or none (rtn only).")]
@@ -98,7 +112,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
                                                      "made by `quantize`.")],
            out: Annotated[Path, typer.Option(help="The package to write.")],
            format: Annotated[str, typer.Option(help="Package format: gguf.")] = "gguf",
-           type: Type = "q4_0", embedding_type: EmbeddingType = None, head_type: HeadType = None,
+           type: Type = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
+           tensor_type: TensorType = None, target_bpw: TargetBpw = None, target_size: TargetSize = None,
            rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
            optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
            optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
@@ -125,7 +140,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
 
 @app.command()
 def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
-             type: Type = "q4_0", embedding_type: EmbeddingType = None, head_type: HeadType = None,
+             type: Type = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
+             tensor_type: TensorType = None, target_bpw: TargetBpw = None, target_size: TargetSize = None,
              rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
              optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
              optrot_rows: Rows = None, optrot_tolerance: Tolerance = 0.0, optrot_target: Target = None,
@@ -252,7 +268,10 @@ def _recipe_fields(ctx: typer.Context) -> dict:
     from optrot_edge.pipeline import Recipe
 
     names = {field.name for field in dataclasses.fields(Recipe)}
-    return {name: value for name, value in ctx.params.items() if name in names}
+    fields = {name: value for name, value in ctx.params.items() if name in names}
+    if fields.get("target_size") is not None:
+        fields["target_size"] = parse_bytes(fields["target_size"])
+    return fields
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from optrot_edge.recipe import Recipe
 
 SENSITIVITY_TOKENS = 2048
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def check_windows(source, recipe: Recipe) -> None:
@@ -112,15 +119,53 @@ class CalibrationInputs:
         return self._covariances
 
     @functools.cached_property
-    def sensitivity(self) -> list[dict]:
-        """Output sensitivities of the float model, see `optrot_edge.rotations.sensitivity`."""
+    def _measured(self):
+        """Tokens [windows, seqlen] that sensitivities are measured on, and `output_sensitivity` of them."""
         import torch
 
         from optrot_edge.rotations.sensitivity import output_sensitivity
 
         count = min(len(self.tokens), max(1, SENSITIVITY_TOKENS // self.recipe.seqlen))
         chosen = self.tokens[torch.linspace(0, len(self.tokens) - 1, count).long()]
-        return output_sensitivity(self.source, chosen, self.covariances, self.recipe.type,
-                                  torch.Generator().manual_seed(self.recipe.seed), damp=self.recipe.damp,
-                                  device=self.device,
-                                  progress=lambda done, total: self.progress("sensitivity", done, total, ""))
+        return chosen, *output_sensitivity(self.source, chosen, self.covariances, self.recipe.grid,
+                                           torch.Generator().manual_seed(self.recipe.seed), damp=self.recipe.damp,
+                                           device=self.device,
+                                           progress=lambda done, total: self.progress("sensitivity", done, total, ""))
+
+    @property
+    def sensitivity(self) -> list[dict]:
+        """Output sensitivities of the float model, see `optrot_edge.rotations.sensitivity`."""
+        return self._measured[1]
+
+    @property
+    def gradient(self) -> tuple:
+        """Tokens [windows, seqlen] and the gradient at the embedding's output [windows, seqlen, hidden] on them."""
+        return self._measured[0], self._measured[2]
+
+    @functools.cached_property
+    def costs(self) -> dict[str, dict[str, float]]:
+        """KL of every matrix in every type, see `optrot_edge.quantize.costs`; kept in the user's cache."""
+        from optrot_edge.quantize.costs import kept_costs, measure_costs
+
+        recipe = self.recipe
+        key = {"model": sorted(hash_file(path) for path in self.source.files), "text": self.text_sha256,
+               **{name: getattr(recipe, name) for name in ("nsamples", "seqlen", "seed", "damp", "grid")}}
+        return kept_costs(key, lambda: measure_costs(
+            self.source, self, progress=lambda done, total: self.progress("cost of types", done, total, "")))
+
+    def allot(self, config) -> tuple[dict[str, str], float]:
+        """Types of the recipe's target size for the (rotated) model's `config`, and the KL expected of them."""
+        from optrot_edge.budget import allot, check_target
+
+        budget = check_target(self.source, config, self.recipe)
+        return allot(self.source.family, config, self.recipe, self.costs, budget)
+
+    @functools.cached_property
+    def body_grid(self) -> str:
+        """The type of most of the body, which a rotation is learned for."""
+        from optrot_edge.tensor_types import all_shapes, most_frequent
+
+        if not self.recipe.has_target:
+            return self.recipe.grid
+        config = self.source.config
+        return most_frequent(self.allot(config)[0], all_shapes(self.source.family, config))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ from optrot_edge.checkpoint import (
     chosen_by_auto,
 )
 from optrot_edge.errors import InputError
-from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
+from optrot_edge.inputs import CalibrationInputs, Progress, check_windows, hash_file
 from optrot_edge.recipe import Recipe
 from optrot_edge.rotating import (
     make_rotation,
@@ -30,6 +29,7 @@ from optrot_edge.rotating import (
     starting_point,
     versions,
 )
+from optrot_edge.tensor_types import parse_overrides, tensor_types
 
 FORMATS = ("gguf",)
 __all__ = ["evaluate", "export", "plan", "prepare_output", "quantize", "rotate", "write_reference"]
@@ -91,9 +91,10 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
     from optrot_edge.rotations.fuse import RotatedModel
 
     rotated = RotatedModel(source, rotation, inputs.device)
-    options = QuantizerOptions(recipe.type, recipe.embedding_type, recipe.head_type, recipe.quantizer,
-                               recipe.damp, recipe.act_order, recipe.asymmetric, recipe.refits,
-                               device=inputs.device)
+    chosen, expected = inputs.allot(rotated.config) if recipe.has_target else (None, None)
+    types = tensor_types(source.family, rotated.config, recipe, chosen)
+    options = QuantizerOptions(types, recipe.quantizer, recipe.damp, recipe.act_order, recipe.asymmetric,
+                               recipe.refits, device=inputs.device)
     quantizer = SequentialQuantizer(rotated, options, inputs.tokens)
     quantizer.run(writer, lambda done, total, worst: progress(
         "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))
@@ -101,8 +102,8 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
     return {"model": rotated.config.to_dict(), "rotation": rotation.describe(),
             "recipe": dataclasses.asdict(recipe) | {"device": inputs.device}, "seed": recipe.seed,
             "calibration_sha256": inputs.text_sha256, "versions": versions(),
-            "inputs": {path.name: _sha256(path) for path in source.files}, "errors": quantizer.reports,
-            "notes": check_widths(source, recipe, rotated.config)}
+            "inputs": {path.name: hash_file(path) for path in source.files}, "errors": quantizer.reports,
+            "expected_kl": expected, "notes": check_widths(source, recipe, rotated.config, chosen)}
 
 
 def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrite: bool = False,
@@ -110,7 +111,8 @@ def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrit
            progress: Progress = quiet, **fields) -> dict:
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
-    With a model, `fields` are Recipe's and `checkpoint` keeps the intermediate checkpoint there.
+    With a model, `fields` are Recipe's and `checkpoint` keeps the intermediate checkpoint there; `target_size`
+    is then the size of the whole file.
     """
     out = Path(out)
     _check_export(model, format, fields)
@@ -119,6 +121,7 @@ def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrit
         return _export_gguf(model, out, overwrite, vocab_from, progress)
     needs_learn()
     _refuse_for_gguf(model, Recipe(**fields), vocab_from)
+    fields = _without_metadata(model, fields, vocab_from)
     with contextlib.ExitStack() as stack:
         if checkpoint is None:
             work = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
@@ -147,6 +150,7 @@ def plan(model: str | Path, *, format: str | None = None, vocab_from: str | Path
     source, recipe = open_model(model), Recipe(**fields)
     if format is not None:
         _refuse_for_gguf(source, recipe, vocab_from)
+        recipe = Recipe(**_without_metadata(source, fields, vocab_from))
     check_windows(source, recipe)
     resolve_device(recipe.device)
     start = starting_point(source, recipe)
@@ -194,9 +198,10 @@ def _refuse_for_gguf(model, recipe: Recipe, vocab_from: str | Path | None) -> No
     from optrot_edge.exporters.gguf_vocab import vocabulary
     from optrot_edge.models import open_model
 
-    for option, kind in (("--type", recipe.type), ("--embedding-type", recipe.embedding_type),
-                         ("--head-type", recipe.head_type)):
-        if kind not in GGUF_GRIDS and kind not in FLOAT_TYPES:
+    given = [("--type", recipe.grid), ("--embedding-type", recipe.embedding_type), ("--head-type", recipe.head_type),
+             *(("--tensor-type", kind) for kind in parse_overrides(recipe.tensor_type).values())]
+    for option, kind in given:
+        if kind is not None and kind not in GGUF_GRIDS and kind not in FLOAT_TYPES:
             raise InputError(f"{option} {kind}: GGUF stores {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}")
     which = set() if recipe.rotation == "none" else recipe.which
     if "r4" in which:
@@ -209,6 +214,23 @@ def _refuse_for_gguf(model, recipe: Recipe, vocab_from: str | Path | None) -> No
     vocabulary(source.path, source.config.vocab_size, vocab_from=vocab_from or own)
 
 
+def _without_metadata(model, fields: dict, vocab_from: str | Path | None) -> dict:
+    """`fields` with the target size of a GGUF's tensors in the place of the file's; `model` may be open."""
+    if fields.get("target_size") is None:
+        return fields
+    from optrot_edge.exporters.gguf import metadata_bytes
+    from optrot_edge.exporters.gguf_plan import plan_of_model
+    from optrot_edge.models import open_model
+
+    source = open_model(model) if isinstance(model, str | Path) else model
+    with tempfile.TemporaryDirectory() as folder:
+        source.save_tokenizer(folder)
+        metadata = metadata_bytes(plan_of_model(source.config, Path(folder), vocab_from=vocab_from))
+    if fields["target_size"] <= metadata:
+        raise InputError(f"--target-size {fields['target_size']:,}: vocabulary and names alone take {metadata:,} bytes")
+    return fields | {"target_size": fields["target_size"] - metadata}
+
+
 def _export_gguf(checkpoint, out: Path, overwrite: bool, vocab_from, progress: Progress) -> dict:
     from optrot_edge.exporters.gguf import export_gguf
 
@@ -216,8 +238,3 @@ def _export_gguf(checkpoint, out: Path, overwrite: bool, vocab_from, progress: P
     summary = export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=vocab_from,
                           progress=lambda done, total, what: progress("write and verify", done, total, what))
     return summary | chosen_by_auto(checkpoint.manifest)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

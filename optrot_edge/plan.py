@@ -8,19 +8,16 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
+from optrot_edge.budget import bits_of, check_target
 from optrot_edge.checkpoint import FLOAT_TYPES, QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import SUPER_BLOCK, fitting_type
+from optrot_edge.tensor_types import all_shapes, part_of, tensor_types
 
-BITS = {"f32": 32.0, "f16": 16.0}
+OPEN = "all tensors"  # the part whose size is given and whose types are not
 OVERHEAD = 400 * 2**20  # the interpreter with torch loaded
 LIGHT_OVERHEAD = 60 * 2**20  # and without
 EXPORT_RATE = 60e6  # bytes packed, written and read back per second on one laptop core
-
-
-def bits_of(kind: str) -> float:
-    """Stored bits per weight of a grid or float type."""
-    return BITS[kind] if kind in FLOAT_TYPES else grid_spec(kind).bits_per_weight
 
 
 def gemm_rate() -> float:
@@ -47,15 +44,15 @@ def make_plan(source, recipe, rotation) -> dict:
     from optrot_edge.rotations.fuse import RotatedModel
 
     original, config = source.config, RotatedModel(source, rotation).config
-    parts, weights = _sizes(source.family, config, recipe)
-    types = _types(source.family, config, recipe)
+    parts, types = _parts(source, config, recipe), _types(source.family, config, recipe)
+    weights = sum(map(prod, all_shapes(source.family, config).values()))
     peak, flops = _effort(config, recipe, rotation.applied)
-    if recipe.rotation == "optrot+":
+    if recipe.rotation == "optrot+" or recipe.has_target:
         flops += _statistics_flops(config, recipe)
     return {"family": config.family, "name": config.name, "layers": config.num_hidden_layers,
             "rotation": recipe.rotation, "rotated": rotation.applied,
             "unties_head": original.tie_word_embeddings and not config.tie_word_embeddings,
-            "types": {"embedding": types["head"], **types}, "notes": check_widths(source, recipe, config),
+            "types": {"embedding": types.get("head"), **types}, "notes": check_widths(source, recipe, config),
             "bytes": round(sum(parts.values())), "bytes_by_part": {k: round(v) for k, v in parts.items()},
             "bits_per_weight": 8 * sum(parts.values()) / weights, "peak_memory_bytes": peak,
             "seconds": round(flops / gemm_rate() + 5)}
@@ -77,7 +74,7 @@ def plan_choice(source, recipe, arms: list, start_of: Callable) -> dict:
     efforts = [_effort(source.config, recipes[name], starts[name].applied) for name in starts]
     judging = 4 * held_out_windows(recipe) * recipe.seqlen * (_body(source.config) + _matrix(source.config))
     flops = sum(flops + judging for _, flops in efforts)
-    if any(arm.rotation == "optrot+" for arm in tried):
+    if recipe.has_target or any(arm.rotation == "optrot+" for arm in tried):
         flops += _statistics_flops(source.config, recipe)
     said = f"measures {', '.join(arm.name for arm in tried)}; sizes and rotations here are those of {largest.name}"
     said += "".join(f"; {arm.name} not tried: {arm.skipped}" for arm in arms if arm.skipped)
@@ -86,56 +83,53 @@ def plan_choice(source, recipe, arms: list, start_of: Callable) -> dict:
 
 
 def stored_bytes(source, rotation, recipe) -> float:
-    """Bytes of all tensors as a package stores them, for an open model, a Rotation (learned or not), a Recipe."""
+    """Bytes of all tensors as a package stores them, for an open model, a Rotation (learned or not), a Recipe; with a
+    target size, that."""
     from optrot_edge.rotations.fuse import RotatedModel
 
-    return sum(_sizes(source.family, RotatedModel(source, rotation).config, recipe)[0].values())
+    return sum(_parts(source, RotatedModel(source, rotation).config, recipe).values())
 
 
-def _sizes(family, config, recipe) -> tuple[dict[str, float], int]:
-    """Bytes by part, and the number of weights."""
-    parts, weights = {"body": 0.0, "embedding": 0.0, "head": 0.0, "norms and biases": 0.0}, 0
-    for part, kind, shape, count in _tensors(family, config, recipe):
-        parts[part] += count * prod(shape) * bits_of(kind) / 8
-        weights += count * prod(shape)
+def _parts(source, config, recipe) -> dict[str, float]:
+    """Bytes by part; with a target size, the target."""
+    if recipe.has_target:
+        return {OPEN: check_target(source, config, recipe)}
+    parts = {"body": 0.0, "embedding": 0.0, "head": 0.0, "norms and biases": 0.0}
+    for part, kind, shape in _tensors(source.family, config, recipe):
+        parts[part] += prod(shape) * bits_of(kind) / 8
     parts["norms and biases"] += 4 * len(config.rope_freq_factors() or [])
-    return parts, weights
+    return parts
 
 
-def _asked(family, config, recipe):
-    """(name, part, type asked for, shape, how many) of every tensor; a layer's names lack their prefix."""
-    shapes = [(name, shape, 1) for name, shape in family.outer_shapes(config).items()]
-    shapes += [(name, shape, config.num_hidden_layers) for name, shape in family.layer_shapes(config).items()]
-    for name, shape, count in shapes:
-        part, kind = "body", recipe.type
-        if len(shape) == 1:
-            part, kind = "norms and biases", "f32"
-        elif name == "lm_head.weight" or (name == "embed_tokens.weight" and config.tie_word_embeddings):
-            part, kind = "head", recipe.head_type
-        elif name == "embed_tokens.weight":
-            part, kind = "embedding", recipe.embedding_type
-        yield name, part, kind, shape, count
+def _asked(family, config, recipe, chosen=None):
+    """(name, part, type asked for, shape) of every tensor, except those whose types a target size has yet to decide."""
+    types = tensor_types(family, config, recipe, chosen)
+    for name, shape in all_shapes(family, config).items():
+        if name not in types:
+            yield name, "norms and biases", "f32", shape
+        elif types[name]:
+            yield name, part_of(name, config), types[name], shape
 
 
-def _tensors(family, config, recipe):
-    """(part, type, shape, how many) of every tensor; InputError for a type that does not fit its rows."""
-    for name, part, kind, shape, count in _asked(family, config, recipe):
+def _tensors(family, config, recipe, chosen=None):
+    """(part, type, shape) of every tensor; InputError for a type that does not fit its rows."""
+    for name, part, kind, shape in _asked(family, config, recipe, chosen):
         kind = fitting_type(kind, shape[-1])
         if kind not in FLOAT_TYPES and shape[-1] % grid_spec(kind).block_size:
             raise InputError(f"{name}: rows of {shape[-1]} weights do not divide into {kind}'s groups of "
                              f"{grid_spec(kind).block_size}; choose another type")
-        yield part, kind, shape, count
+        yield part, kind, shape
 
 
-def check_widths(source, recipe, config=None) -> list[str]:
+def check_widths(source, recipe, config=None, chosen=None) -> list[str]:
     """Remarks on the types that tensors get instead of the one asked for, because super-blocks of 256 do not fill
     their rows. InputError if a type of the Recipe does not fit the rows of the open model (`config` when rotated)."""
     config, other = config or source.config, {}
-    for _ in _tensors(source.family, config, recipe):
+    for _ in _tensors(source.family, config, recipe, chosen):
         pass
-    for name, _, kind, shape, _ in _asked(source.family, config, recipe):
+    for name, _, kind, shape in _asked(source.family, config, recipe, chosen):
         if fitting_type(kind, shape[-1]) != kind:
-            other.setdefault((kind, shape[-1]), []).append(name.removesuffix(".weight"))
+            other.setdefault((kind, shape[-1]), {})[name.removesuffix(".weight").rpartition(".")[2]] = None
     return [f"rows of {width} weights do not fill {kind}'s super-blocks of {SUPER_BLOCK} and are stored as "
             f"{fitting_type(kind, width)}, as llama-quantize does: {', '.join(names)}"
             for (kind, width), names in other.items()]
@@ -143,10 +137,12 @@ def check_widths(source, recipe, config=None) -> list[str]:
 
 def _types(family, config, recipe) -> dict[str, str]:
     """The types of every part's matrices, the most frequent first."""
+    if recipe.has_target:
+        return {OPEN: "by measured KL per byte"}
     found: dict[str, dict[str, int]] = {}
-    for part, kind, shape, count in _tensors(family, config, recipe):
+    for part, kind, shape in _tensors(family, config, recipe):
         sizes = found.setdefault(part, {})
-        sizes[kind] = sizes.get(kind, 0) + count * prod(shape)
+        sizes[kind] = sizes.get(kind, 0) + prod(shape)
     return {part: ", ".join(sorted(sizes, key=sizes.get, reverse=True)) for part, sizes in found.items()}
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.rotations.options import OptRotOptions
+from optrot_edge.tensor_types import base_grid, parse_overrides
 
 ROTATIONS = ("none", "hadamard", "optrot", "optrot+")
+DEFAULT_TYPE = "q4_0"
 ASYMMETRIC = ("none", "inputs", "residual")  # what GPTQ makes up for
 
 
@@ -18,8 +20,13 @@ class Recipe:
     """Every choice that shapes a checkpoint; recorded in its manifest.
 
     `type` is the body's grid (a GGUF type, or `int4-g128-sym`, `mlx-4bit-g64` and the like; what
-    rows cannot be falls back as `optrot_edge.gridspec.fitting_type` says); `embedding_type` None
-    means the body's, `head_type` None means q8_0 (a tied matrix takes the head's type). `rotation` is
+    rows cannot be falls back as `optrot_edge.gridspec.fitting_type` says) or a mix
+    (`optrot_edge.tensor_types.PRESETS`); None means q4_0. `embedding_type` None means the body's, `head_type` None
+    means q8_0, in a mix the mix's (a tied matrix takes the head's type). `tensor_type`: PATTERN=TYPE entries that go
+    before all of these.
+    `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: GGUF types by
+    measured KL per byte, see `optrot_edge.quantize.allocation`; `embedding_type` and `head_type` None are then
+    decided with the rest. `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
@@ -28,9 +35,12 @@ class Recipe:
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
-    type: str = "q4_0"
+    type: str | None = None
     embedding_type: str | None = None
     head_type: str | None = None
+    tensor_type: list[str] = field(default_factory=list)
+    target_bpw: float | None = None
+    target_size: int | None = None
     rotation: str = "auto"
     rotate: str = "r1,r2"
     scales: bool = True
@@ -57,12 +67,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.rotation, self.calibration = str(self.rotation), str(self.calibration)  # either may be a Path
-        self.type = self.type.lower()
-        self.embedding_type = (self.embedding_type or self.type).lower()
-        self.head_type = (self.head_type or "q8_0").lower()
-        for kind in (self.type, self.embedding_type, self.head_type):
-            if kind not in FLOAT_TYPES:
-                grid_spec(kind)
+        self._check_types()
         unknown = self.which - {"r1", "r2", "r3", "r4"}
         if unknown:
             raise InputError(f"--rotate {self.rotate}: unknown {', '.join(sorted(unknown))}; use r1,r2,r3,r4")
@@ -81,6 +86,16 @@ class Recipe:
             raise InputError("--nsamples must be at least 1 and --seqlen at least 2")
 
     @property
+    def has_target(self) -> bool:
+        """Whether a size is given instead of a type."""
+        return self.target_bpw is not None or self.target_size is not None
+
+    @property
+    def grid(self) -> str:
+        """The grid of most of the body, or a guess before a target size has decided."""
+        return base_grid(self.type or DEFAULT_TYPE)
+
+    @property
     def which(self) -> set[str]:
         """The rotations asked for."""
         return {name.strip().lower() for name in self.rotate.split(",") if name.strip()}
@@ -96,8 +111,29 @@ class Recipe:
         return OptRotOptions(self.optrot_solver, self.optrot_steps, rows, objective=self.optrot_objective,
                              tolerance=self.optrot_tolerance, target=self.optrot_target)
 
+    def _check_types(self) -> None:
+        lower = lambda kind: kind and kind.lower()  # noqa: E731
+        self.type, self.embedding_type, self.head_type = map(lower, (self.type, self.embedding_type, self.head_type))
+        self.tensor_type = list(self.tensor_type or ())
+        parse_overrides(self.tensor_type)
+        for kind in (self.embedding_type, self.head_type):
+            if kind is not None and kind not in FLOAT_TYPES:
+                grid_spec(kind)
+        if not self.has_target:
+            self.type = self.type or DEFAULT_TYPE
+            base_grid(self.type)
+            return
+        if self.type is not None:
+            raise InputError("--type names the types, --target-bpw and --target-size leave them open: give one of them")
+        if self.target_bpw is not None and self.target_size is not None:
+            raise InputError("--target-bpw and --target-size say the same twice; give one of them")
+        if not (self.target_bpw is None or 0 < self.target_bpw < 32) or (self.target_size or 1) <= 0:
+            raise InputError("--target-bpw must be above 0 and below 32, --target-size above 0")
+        if self.calibration == "none":
+            raise InputError("a target size is met by what calibration measures; give --calibration")
+
     def _check_asymmetric(self) -> None:
-        able = self.quantizer == "gptq" and self.nsamples > 1 and self.type not in FLOAT_TYPES
+        able = self.quantizer == "gptq" and self.nsamples > 1 and self.grid not in FLOAT_TYPES
         if self.asymmetric is None:
             self.asymmetric = "residual" if able else "none"
         if self.asymmetric not in ASYMMETRIC:
@@ -116,7 +152,7 @@ class Recipe:
         if self.learns_with_data and self.calibration == "none":
             raise InputError(f"--rotation {self.rotation} needs calibration text; give --calibration, or choose "
                              "none, hadamard or optrot")
-        if self.learns_with_data and self.type in FLOAT_TYPES:
+        if self.learns_with_data and self.grid in FLOAT_TYPES:
             raise InputError(f"--rotation {self.rotation} is for a quantised body; with --type {self.type} use "
                              "--rotation none")
         if self.plus_objective not in ("grid", "plain"):

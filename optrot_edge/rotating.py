@@ -123,7 +123,7 @@ def _learn_plus(source, start, recipe: Recipe, inputs: CalibrationInputs, progre
     from optrot_edge.rotations.optrot_plus import OptRotPlusOptions, learn_plus
 
     options = OptRotPlusOptions(recipe.plus_objective, recipe.plus_steps, scales=recipe.scales, damp=recipe.damp)
-    return learn_plus(source, start, recipe.type, inputs.covariances, inputs.sensitivity, options,
+    return learn_plus(source, start, inputs.body_grid, inputs.covariances, inputs.sensitivity, options,
                       torch.Generator().manual_seed(recipe.seed + 1), device=inputs.device,
                       progress=lambda done, total, loss: progress("learn rotation", done, total, f"loss {loss:.4g}"))
 

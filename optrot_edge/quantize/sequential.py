@@ -31,15 +31,13 @@ LINEARS = tuple(name for names in STAGES for name in names)
 
 @dataclass
 class QuantizerOptions:
-    """`body`, `embedding`, `head`: grid names, or f16/f32 to keep floats; rows that do not fill super-blocks get the
-    type that `fitting_type` says. `method`: "gptq" or "rtn".
+    """`types`: the grid of every matrix by canonical name, or f16/f32 to keep floats; rows that do not fill
+    super-blocks get the type that `fitting_type` says. `method`: "gptq" or "rtn".
     `damp`: fraction of the mean Hessian diagonal. `asymmetric`: what GPTQ's targets make up for: "none", errors of the
     "inputs", or those of the "residual" stream too. `refits`: how often GPTQ's scales are fitted again.
     `batch_size`: calibration windows at a time."""
 
-    body: str = "q4_0"
-    embedding: str = "q4_0"
-    head: str = "q8_0"
+    types: dict[str, str]
     method: str = "gptq"
     damp: float = 0.1
     act_order: bool = True
@@ -57,9 +55,8 @@ class QuantizerOptions:
             raise InputError("asymmetric calibration moves GPTQ's targets; round-to-nearest has none")
         if self.refits < 0:
             raise InputError(f"refits is {self.refits}; it counts and cannot be negative")
-        for name in (self.body, self.embedding, self.head):
-            if name not in FLOAT_TYPES:
-                Grid(name)
+        for name in set(self.types.values()) - set(FLOAT_TYPES):
+            Grid(name)
 
 
 def as_float(weight: torch.Tensor, dtype: str):
@@ -89,7 +86,7 @@ class SequentialQuantizer:
         """Write every tensor; `progress(done, layers, worst_snr_db)` after each layer."""
         embedding, start = self.model.embedding(torch.float32), None
         if not self.config.tie_word_embeddings:
-            stored = self._quantize_plain("embed_tokens", embedding, self.options.embedding)
+            stored = self._quantize_plain("embed_tokens", embedding)
             writer.write_shard("embedding", {"embed_tokens.weight": stored})
             start = torch.from_numpy(stored.decode() if isinstance(stored, QuantizedTensor) else stored).float()
             del stored
@@ -195,30 +192,39 @@ class SequentialQuantizer:
 
     def _quantize_linears(self, prefix: str, layer: dict, names, moments: list[Moments]) -> dict:
         """Quantise matrices that share an input; `layer` is updated with the decoded weights."""
-        if self.options.body in FLOAT_TYPES:
-            return {name: as_float(layer[f"{name}.weight"], self.options.body) for name in names}
-        weights = {name: layer[f"{name}.weight"] for name in names}
-        grid = Grid(fitting_type(self.options.body, weights[names[0]].shape[1]))
+        types = {name: self.options.types[f"{prefix}{name}.weight"] for name in names}
+        packed = {name: as_float(layer[f"{name}.weight"], kind) for name, kind in types.items() if kind in FLOAT_TYPES}
+        weights = {name: layer[f"{name}.weight"] for name in names if name not in packed}
+        if not weights:
+            return packed
         hessian = mean_hessian(moments)
         prepared = self._prepare(hessian)
         factors: dict[str, dict] = {}
         if self._float_stream is not None:
             weights, factors = corrected(weights, *moments, self.options.damp)
-        stacked = torch.cat(list(weights.values()))
-        codes, params = self._choose_codes(stacked, grid, hessian, prepared, self.options.refits)
         common = {} if prepared is None else {"damp": prepared.damp, "damp_escalations": prepared.escalations,
                                               "dead_columns": int(prepared.dead.sum()),
                                               "tr_d_over_tr_h": prepared.feedback_gain(hessian)}
+        for kind in dict.fromkeys(types[name] for name in weights):
+            same = {name: weight for name, weight in weights.items() if types[name] == kind}
+            for name, (tensor, decoded) in self._quantize_stacked(same, kind, hessian, prepared).items():
+                report = matrix_report(same[name], decoded, hessian)
+                self.reports[f"{prefix}{name}"] = report | common | factors.get(name, {})
+                packed[name], layer[f"{name}.weight"] = tensor, decoded
+        return packed
+
+    def _quantize_stacked(self, weights: dict, kind: str, hessian, prepared) -> dict[str, tuple]:
+        """Stored and decoded tensors of matrices of one grid and one input, solved for together."""
+        stacked = torch.cat(list(weights.values()))
+        grid = Grid(fitting_type(kind, stacked.shape[1]))
+        codes, params = self._choose_codes(stacked, grid, hessian, prepared, self.options.refits)
         decoded = grid.decode(codes, params)
-        packed, first = {}, 0
+        found, first = {}, 0
         for name, weight in weights.items():
             rows = slice(first, first + len(weight))
             first = rows.stop
-            packed[name] = grid.pack(codes[rows], params.rows(rows))
-            report = matrix_report(weight, decoded[rows], hessian)
-            self.reports[f"{prefix}{name}"] = report | common | factors.get(name, {})
-            layer[f"{name}.weight"] = decoded[rows]
-        return packed
+            found[name] = grid.pack(codes[rows], params.rows(rows)), decoded[rows]
+        return found
 
     def _prepare(self, hessian):
         """The factorised Hessian, or None when codes are to be rounded without feedback."""
@@ -234,8 +240,9 @@ class SequentialQuantizer:
             return grid.round(weight, params), params
         return gptq_with_refits(weight, hessian, prepared, grid, params, refits)
 
-    def _quantize_plain(self, name: str, weight: torch.Tensor, kind: str, hessian=None):
+    def _quantize_plain(self, name: str, weight: torch.Tensor, hessian=None):
         """Embedding or head: weighted round-to-nearest, or GPTQ when there is a Hessian and it is asked."""
+        kind = self.options.types[f"{name}.weight"]
         if kind in FLOAT_TYPES:
             return as_float(weight, kind)
         grid, tensors, prepared = Grid(fitting_type(kind, weight.shape[1])), [], self._prepare(hessian)
@@ -263,7 +270,7 @@ class SequentialQuantizer:
         if head is None:
             diagonal = None if hessian is None else hessian.diagonal().diag()
             out["embed_tokens.weight"] = self._quantize_plain(
-                "embed_tokens", self.model.embedding(torch.float32), self.options.head, diagonal)
+                "embed_tokens", self.model.embedding(torch.float32), diagonal)
         else:
-            out["lm_head.weight"] = self._quantize_plain("lm_head", head, self.options.head, hessian)
+            out["lm_head.weight"] = self._quantize_plain("lm_head", head, hessian)
         return out

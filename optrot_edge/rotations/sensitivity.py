@@ -24,8 +24,10 @@ from optrot_edge.rotations.covariance import INPUTS
 
 def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec | str, generator: torch.Generator,
                        *, damp: float = 0.1, device: str = "cpu",
-                       progress: Callable[[int, int], None] | None = None) -> list[dict[str, torch.Tensor]]:
-    """Per layer, the weight g [out] of every linear's rows on `tokens` [windows, length].
+                       progress: Callable[[int, int], None] | None = None
+                       ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """Per layer, the weight g [out] of every linear's rows on `tokens` [windows, length]; and the gradient of
+    −log p(label) at the embedding's output [windows, length, hidden].
 
     `½ Σ_i g_i (ΔHΔᵀ)_ii` is the KL per token, in nats, that an error Δ of one matrix costs, H its input's
     covariance. Rows share a matrix's cost by E[g²]. `covariances` are of the same model; labels are drawn with
@@ -46,7 +48,7 @@ def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec
         found.append(_backward(streams.pop(), gradient, layer, errors, config, rope, device))
         if progress:
             progress(len(found), config.num_hidden_layers)
-    return found[::-1]
+    return found[::-1], gradient
 
 
 def _gptq_errors(layer, stored: dict, grid_name: str, damp: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

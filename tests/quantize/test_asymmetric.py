@@ -16,6 +16,7 @@ from optrot_edge.recipe import Recipe
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.rotation import Rotation
 from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
+from optrot_edge.tensor_types import tensor_types
 from tests.tiny_models import save_tiny
 
 WIDTH, HIDDEN, DAMP = 24, 12, 0.05
@@ -156,7 +157,7 @@ def test_what_a_recipe_stands_for(fields, level):
 @pytest.mark.parametrize("fields", [{"asymmetric": "some"}, {"asymmetric": "residual", "method": "rtn"}])
 def test_options_that_do_not_fit(fields):
     with pytest.raises(InputError, match="asymmetric"):
-        QuantizerOptions(**fields)
+        QuantizerOptions({}, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +169,10 @@ def quantised(tmp_path_factory):
     tokens, others = (torch.randint(0, source.config.vocab_size, (count, 64), generator=generator)
                       for count in (32, 16))
     expected, found = forward.final_hidden(source, others), {}
+    types = tensor_types(source.family, source.config, Recipe(type="int2-g32-min", embedding_type="int4-g32-min"))
     for level in ("none", "inputs", "residual"):
         quantizer = SequentialQuantizer(RotatedModel(source, Rotation("none")), QuantizerOptions(
-            "int2-g32-min", "int4-g32-min", asymmetric=level, batch_size=4), tokens)
+            types, asymmetric=level, batch_size=4), tokens)
         with CheckpointWriter(folder / level) as writer:
             quantizer.run(writer)
             writer.finish({"model": source.config.to_dict()})

@@ -40,7 +40,7 @@ def setting(tmp_path_factory):
     source = open_model(make_uneven(save_tiny(folder / "m", "llama3_rope")))
     tokens = torch.randint(0, 512, (48, 64), generator=torch.Generator().manual_seed(1))
     covariances = collect(source, tokens, folder=folder)
-    sensitivity = output_sensitivity(source, tokens[:8], covariances, "q4_0", torch.Generator().manual_seed(0))
+    sensitivity, _ = output_sensitivity(source, tokens[:8], covariances, "q4_0", torch.Generator().manual_seed(0))
     return source, tokens, covariances, sensitivity
 
 

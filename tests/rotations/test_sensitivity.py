@@ -35,7 +35,7 @@ def test_predicts_the_divergence_that_gptq_causes(tmp_path, kind, name):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 512, (56, 48), generator=generator)
     covariances = collect(source, tokens, folder=tmp_path)
-    row_weights = output_sensitivity(source, tokens, covariances, "q5_1", generator)[1][name]
+    row_weights = output_sensitivity(source, tokens, covariances, "q5_1", generator)[0][1][name]
     layer = source.layer(1, torch.float64)
     h = covariances.layer(1)[kind]
     if kind in ("attn", "mlp"):
