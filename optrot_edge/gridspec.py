@@ -96,23 +96,24 @@ MLX_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 
 def grid_spec(name: str) -> GridSpec:
-    """The grid of that name: a GGUF type, `int{2..8}-g{group}-{sym|zero|min}` with float32 scales, or
-    `mlx-{bits}bit-g{32|64|128}[-f16|-bf16|-f32]`, whose scales and biases have the model's dtype (float16).
+    """The grid of that name: a GGUF type; `int{2..8}-g{group}-{sym|zero|min}` with float32 scales, or float16 ones
+    with `-f16` (GPTQ's format has those); or `mlx-{bits}bit-g{32|64|128}[-f16|-bf16|-f32]`, whose scales and biases
+    have the model's dtype (float16).
 
     Raises InputError for an unknown name.
     """
     name = name.lower()
     if name in GGUF_GRIDS:
         return GGUF_GRIDS[name]
-    match = re.fullmatch(r"int([2-8])-g([1-9]\d*)-(sym|zero|min)", name)
+    match = re.fullmatch(r"int([2-8])-g([1-9]\d*)-(sym|zero|min)(-f16)?", name)
     if match:
         kind = {"sym": "symmetric", "zero": "zero", "min": "min"}[match[3]]
-        return GridSpec(name, int(match[1]), int(match[2]), kind, "float32")
+        return GridSpec(name, int(match[1]), int(match[2]), kind, "float16" if match[4] else "float32")
     match = re.fullmatch(r"mlx-([234568])bit-g(32|64|128)(?:-(f16|bf16|f32))?", name)
     if match:
         return GridSpec(name, int(match[1]), int(match[2]), "min", MLX_DTYPES[match[3] or "f16"])
     raise InputError(f"unknown grid {name!r}; use one of {', '.join(GGUF_GRIDS)}, "
-                     "or int{2..8}-g{group}-{sym|zero|min} such as int4-g128-sym, "
+                     "or int{2..8}-g{group}-{sym|zero|min}[-f16] such as int4-g128-sym, "
                      "or mlx-{2,3,4,5,6,8}bit-g{32|64|128}[-bf16|-f32] such as mlx-4bit-g64-bf16")
 
 

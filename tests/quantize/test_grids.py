@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from optrot_edge.checkpoint import GGUF_GRIDS, grid_spec
 from optrot_edge.errors import InputError
@@ -15,6 +17,10 @@ INTEGER = [*ONE_LEVEL, "int2-g16-min", "int3-g64-sym", "int4-g32-zero", "int8-g9
            "int2-g128-zero", "int4-g16-zero", "int8-g256-zero"]
 MLX = ["mlx-2bit-g32", "mlx-4bit-g64", "mlx-5bit-g64-bf16", "mlx-6bit-g128-bf16", "mlx-8bit-g128-f32"]
 GRIDS = [*INTEGER, *TABLES, *MLX]
+EVERY = [*GGUF_GRIDS, *(f"mlx-{bits}bit-g{group}-{dtype}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)
+                        for dtype in ("f16", "bf16", "f32")),
+         *(f"int{bits}-g{group}-{kind}" for bits in (2, 4, 8) for group in (16, 32, 64, 128, 256)
+           for kind in ("sym", "zero", "sym-f16", "zero-f16"))]
 
 
 def sample(rows=24, columns=768, seed=0):
@@ -37,6 +43,20 @@ def test_round_trip_and_nearest(name):
     every = torch.stack([grid.decode(torch.full_like(codes, q), params) for q in range(grid.spec.levels)])
     nearest = (every - w).abs().amin(0)
     assert ((decoded - w).abs() <= nearest * (1 + 1e-5) + 1e-7).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(EVERY), st.integers(0, 2**16), st.floats(-6, 3), st.floats(-30, 30), st.booleans())
+def test_what_was_decoded_rounds_to_itself(name, seed, exponent, shift, sparse):
+    """On every grid that an exporter packs, for weights of any size and centre."""
+    grid, generator = Grid(name), torch.Generator().manual_seed(seed)
+    w = torch.randn(2, 512, generator=generator)
+    w = (w * (torch.rand(2, 512, generator=generator) < 0.1) if sparse else w + shift) * 10**exponent
+    params = grid.fit(w)
+    codes = grid.round(w, params)
+    decoded = grid.decode(codes, params)
+    assert torch.equal(grid.decode(grid.round(decoded, params), params), decoded)
+    assert np.array_equal(grid.pack(codes, params).decode(), decoded.numpy())
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -125,7 +145,7 @@ def test_exact_weights_are_reproduced():
         torch.testing.assert_close(grid.decode(grid.round(w, params), params), w, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("bad", ["q1_k", "int9-g32-sym", "int4-g0-sym", "int4-g32-odd", ""])
+@pytest.mark.parametrize("bad", ["q1_k", "int9-g32-sym", "int4-g0-sym", "int4-g32-odd", "int4-g32-sym-f32", ""])
 def test_unknown_grid(bad):
     with pytest.raises(InputError, match="unknown grid"):
         grid_spec(bad)
