@@ -56,12 +56,6 @@ def _describe_checkpoint(path: Path, manifest: dict) -> dict:
         count, kind = prod(entry["shape"]), entry.get("grid") or entry["dtype"]
         width = grid_spec(kind).bits_per_weight if "grid" in entry else 8 * np.dtype(kind).itemsize
         types.add(kind, count, count * width)
-    layers: list[dict | None] = [None] * manifest["model"]["num_hidden_layers"]
-    for name, report in manifest["errors"].items():
-        if name.startswith("layers.") and report["snr_db"] is not None:
-            index = int(name.split(".")[1])
-            if layers[index] is None or report["snr_db"] < layers[index]["snr_db"]:
-                layers[index] = {"snr_db": report["snr_db"], "matrix": name.split(".")[2]}
     recipe = manifest["recipe"]
     return {"kind": "quantised checkpoint", "path": str(path), "family": manifest["model"]["family"],
             "name": manifest["model"]["name"], "layers": manifest["model"]["num_hidden_layers"],
@@ -69,9 +63,27 @@ def _describe_checkpoint(path: Path, manifest: dict) -> dict:
             "scales": manifest["rotation"].get("scales", []), **chosen_by_auto(manifest),
             "quantizer": recipe["quantizer"], "calibration": recipe["calibration"], "seed": manifest["seed"],
             "bytes_packed": round(types.bits / 8), "bits_per_weight": types.bits_per_weight, "types": types.table,
-            "notes": manifest.get("notes", []),
+            "notes": manifest.get("notes", []), "warnings": manifest.get("warnings", []),
             "damping_escalations": sum(r.get("damp_escalations", 0) for r in manifest["errors"].values()),
-            "seconds": manifest["seconds"], "layers_snr_db": [entry for entry in layers if entry]}
+            "worse_than_rtn": [name for name, r in manifest["errors"].items() if r.get("worse_than_rtn")],
+            "seconds": manifest["seconds"], "layers_snr_db": _layers(manifest)}
+
+
+def _layers(manifest: dict) -> list[dict]:
+    """The worst matrix of every layer that has an error: `snr_db`, `matrix`, and the layer's matrices with trouble."""
+    layers: list[dict | None] = [None] * manifest["model"]["num_hidden_layers"]
+    for name, report in manifest["errors"].items():
+        if not name.startswith("layers.") or report["snr_db"] is None:
+            continue
+        index, matrix = int(name.split(".")[1]), name.split(".")[2]
+        entry = layers[index] = layers[index] or {"snr_db": float("inf"), "worse_than_rtn": [], "damping_grew": []}
+        if report["snr_db"] < entry["snr_db"]:
+            entry |= {"snr_db": report["snr_db"], "matrix": matrix}
+        if report.get("worse_than_rtn"):
+            entry["worse_than_rtn"].append(matrix)
+        if report.get("damp_escalations"):
+            entry["damping_grew"].append(matrix)
+    return [entry for entry in layers if entry]
 
 
 def _gguf(path: Path) -> dict:

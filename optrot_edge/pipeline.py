@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 from optrot_edge.checkpoint import (
@@ -40,7 +41,7 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
     """Rotate and quantise `model` into the checkpoint folder `out`; `fields` are Recipe's.
 
     `rotation` may also be a Rotation made before. Raises InputError on bad input; nothing is left
-    behind then.
+    behind then. Warns of numerical trouble that the result has, which the manifest keeps under "warnings".
     """
     needs_learn()
     from optrot_edge.auto import held_out_windows, quantize_best
@@ -72,6 +73,8 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
         else:
             manifest = fill(recipe, writer, rotation)
         inputs.close()  # what it keeps lies in the folder that becomes the checkpoint
+        for said in manifest["warnings"]:
+            warnings.warn(said, stacklevel=2)
         return writer.finish(manifest | {"seconds": round(time.perf_counter() - started, 1)})
 
 
@@ -87,6 +90,7 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
           progress: Progress) -> dict:
     """Quantise `source` under `rotation` into `writer`; returns the manifest."""
     from optrot_edge.plan import check_widths
+    from optrot_edge.quantize.numerics import warnings_of
     from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
     from optrot_edge.rotations.fuse import RotatedModel
 
@@ -103,7 +107,8 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
             "recipe": dataclasses.asdict(recipe) | {"device": inputs.device}, "seed": recipe.seed,
             "calibration_sha256": inputs.text_sha256, "versions": versions(),
             "inputs": {path.name: hash_file(path) for path in source.files}, "errors": quantizer.reports,
-            "expected_kl": expected, "notes": check_widths(source, recipe, rotated.config, chosen)}
+            "expected_kl": expected, "notes": check_widths(source, recipe, rotated.config, chosen),
+            "warnings": warnings_of(quantizer.reports)}
 
 
 def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrite: bool = False,

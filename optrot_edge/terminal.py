@@ -80,17 +80,21 @@ def print_plan(plan: dict) -> None:
 
 def print_inspection(about: dict) -> None:
     """What `inspect` found, with per-type and per-layer tables when there are any."""
-    print_rows(about, about.get("kind", ""))
+    print_rows({name: value for name, value in about.items() if name != "warnings"}, about.get("kind", ""))
     if about.get("types"):
         table = Table("type", "tensors", "weights", title="Types", title_justify="left")
         for name, entry in about["types"].items():
             table.add_row(name, str(entry["tensors"]), f"{entry['weights']:,}")
         Console().print(table)
     if about.get("layers_snr_db"):
-        table = Table("layer", "worst SNR dB", "matrix", title="Per layer", title_justify="left")
+        table = Table("layer", "worst SNR dB", "matrix", "worse than rounding", "damping grew", title="Per layer",
+                      title_justify="left")
         for index, entry in enumerate(about["layers_snr_db"]):
-            table.add_row(str(index), f"{entry['snr_db']:.2f}", entry["matrix"])
+            table.add_row(str(index), f"{entry['snr_db']:.2f}", entry["matrix"], ", ".join(entry["worse_than_rtn"]),
+                          ", ".join(entry["damping_grew"]))
         Console().print(table)
+    for said in about.get("warnings", ()):
+        Console().print(f"warning: {said}", markup=False, highlight=False, style="yellow")
 
 
 def print_rotation(summary: dict) -> None:

@@ -53,6 +53,10 @@ class GGUFSource(ModelSource):
             raise InputError(f"cannot make {folder}: {error}") from None
         return [self.save_vocab(Path(folder) / VOCAB_FILE)]
 
+    def stored_dtype(self, name: str) -> str:
+        """The tensor's type in the file's header."""
+        return self._file.tensors[self.family.gguf_name(name)].type.name
+
     def _read(self, names: list[str], dtype: torch.dtype) -> Iterator[torch.Tensor]:
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         for name in names:

@@ -76,6 +76,12 @@ class HFSource(ModelSource):
             raise InputError(f"cannot copy the tokenizer to {folder}: {error}") from None
         return copies
 
+    def stored_dtype(self, name: str) -> str:
+        """The tensor's dtype in the file's header."""
+        own = self.family.hf_name(name)
+        with _opened(self._shard_of[own]) as handle:
+            return handle.get_slice(own).get_dtype()
+
     def _find_shards(self) -> dict[str, Path]:
         """File of every tensor, by the tensor's own name; checks the index against the disk."""
         single = self.path / _SINGLE

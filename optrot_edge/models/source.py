@@ -49,6 +49,10 @@ class ModelSource:
         """Write what a checkpoint keeps of the tokenizer into `folder`; returns the files."""
         raise NotImplementedError
 
+    def stored_dtype(self, name: str) -> str:
+        """How the file stores the tensor of that canonical name, e.g. "F16" or "Q4_0"."""
+        raise NotImplementedError
+
     def _read(self, names: list[str], dtype: torch.dtype) -> Iterable[torch.Tensor]:
         raise NotImplementedError
 
@@ -56,8 +60,12 @@ class ModelSource:
         tensors = list(self._read(names, dtype))
         for name, tensor in zip(names, tensors, strict=True):
             if not torch.isfinite(tensor).all():
-                raise InputError(f"{self.path}: {name} holds NaN or infinite values; "
-                                 "the file is damaged, or its values do not fit the dtype read")
+                stored = self.stored_dtype(name)
+                reason = {"F16": "a conversion overflowed float16, which ends at 65504, or the file is damaged; take "
+                                 "the original weights, in bfloat16 or float32",
+                          "F64": "the file is damaged, or its values do not fit float32"}
+                raise InputError(f"{self.path}: {name} holds NaN or infinite values, stored as {stored}: "
+                                 + reason.get(stored, "the file is damaged; download it again"))
         return tensors
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]], translate,

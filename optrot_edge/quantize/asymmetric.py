@@ -18,6 +18,8 @@ import torch
 
 from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
+from optrot_edge.quantize.gptq import damped_cholesky
+from optrot_edge.quantize.numerics import peak_of
 from optrot_edge.quantize.statistics import MeanProduct
 
 HELD_OUT = 8  # one calibration window in so many is kept to fit α and β on
@@ -33,25 +35,40 @@ def held_out_count(windows: int) -> int:
 
 class Moments:
     """What a linear's correction needs of some windows: H̃, E[(x−x̃)x̃ᵀ] and, for one that writes to the residual
-    stream of `hidden` channels, E[(r−r̃)x̃ᵀ]. Without `float_inputs` only H̃."""
+    stream of `hidden` channels, E[(r−r̃)x̃ᵀ]. Without `float_inputs` only H̃. `peak` is the largest |x̃| or |x|."""
 
     def __init__(self, width: int, device, *, float_inputs: bool = False, hidden: int | None = None):
+        self.peak = torch.zeros((), device=device)
         self.hessian = MeanProduct(width, width, device)
         self.input_gap = MeanProduct(width, width, device) if float_inputs else None
         self.stream_gap = None if hidden is None else MeanProduct(hidden, width, device)
 
     def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, gap: torch.Tensor | None = None) -> None:
         """Add x̃, x and r − r̃ of the same tokens, each [..., channels]; the last two where they are kept."""
+        for inputs in (x, x_float):
+            if inputs is not None:
+                self.peak = torch.maximum(self.peak, peak_of(inputs).to(self.peak))
         self.hessian.add(x)
         if self.input_gap is not None:
             self.input_gap.add(x_float - x, x)
         if self.stream_gap is not None:
             self.stream_gap.add(gap, x)
 
+    @property
+    def products(self) -> dict[str, MeanProduct]:
+        """What is kept, by name."""
+        return {name: part for name, part in vars(self).items() if isinstance(part, MeanProduct)}
+
+    @property
+    def finite(self) -> bool:
+        """Whether every sum of products is."""
+        return all(bool(part.total.isfinite().all()) for part in self.products.values())
+
     def __add__(self, other: Moments) -> Moments:
         both = copy.copy(self)
-        for name, mine in vars(self).items():
-            setattr(both, name, None if mine is None else mine + vars(other)[name])
+        both.peak = torch.maximum(self.peak, other.peak)
+        for name, mine in self.products.items():
+            setattr(both, name, mine + vars(other)[name])
         return both
 
 
@@ -66,7 +83,8 @@ def corrected(weights: dict[str, torch.Tensor], fit: Moments, held_out: Moments,
         dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """W* of every matrix [out, in] in `weights`, which read one input, and {"alpha", "beta"} by name.
 
-    `damp` is λ as a fraction of H̃'s mean diagonal. `held_out` are other windows than `fit`.
+    `damp` is λ as a fraction of H̃'s mean diagonal; how often it had to grow, if it did, is added as
+    "target_damp_escalations". `held_out` are other windows than `fit`. Raises InputError as `damped_cholesky` does.
     """
     fitted, final = _Corrections(fit, damp), _Corrections(fit + held_out, damp)
     found, factors = {}, {}
@@ -75,6 +93,8 @@ def corrected(weights: dict[str, torch.Tensor], fit: Moments, held_out: Moments,
         best = _least_squares(parts, weight, held_out)
         found[name] = weight + sum(factor * part for factor, part in zip(best, final.parts(weight), strict=True))
         factors[name] = dict(zip(("alpha", "beta"), best, strict=False))
+        if escalations := max(fitted.escalations, final.escalations):
+            factors[name]["target_damp_escalations"] = escalations
     return found, factors
 
 
@@ -82,10 +102,7 @@ class _Corrections:
     """V and U from one set of windows."""
 
     def __init__(self, moments: Moments, damp: float):
-        h = moments.hessian.mean()
-        added = damp * h.diagonal().mean()
-        h.diagonal().add_(torch.where(added > 0, added, 1.0))  # of inputs that are always 0 nothing follows
-        factor = torch.linalg.cholesky(h)
+        factor, _, self.escalations = damped_cholesky(moments.hessian.mean(), damp)
         self.by_input = torch.cholesky_solve(moments.input_gap.mean().T, factor).T
         self.of_stream = None
         if moments.stream_gap is not None:
@@ -108,6 +125,8 @@ def _least_squares(parts: list[torch.Tensor], weight: torch.Tensor, held_out: Mo
     powers = [part @ h for part in parts]
     gram = torch.stack([torch.stack([dot(a, b) for b in parts]) for a in powers]).cpu()
     right = torch.stack([dot(wanted, part) for part in parts]).cpu()
+    if not (gram.isfinite().all() and right.isfinite().all()):
+        raise InputError("products of weights and activations overflow float32; the model is damaged")
     if not gram.any():
         return [0.0] * len(parts)  # the first layer reads what the float model reads
     if len(parts) == 1:

@@ -16,7 +16,7 @@ from optrot_edge.kernels.gptq import BLOCK, solve_block
 from optrot_edge.quantize.grids import Grid, GridParams
 
 LEAF = 128  # triangular matrices up to this size are inverted by substitution
-MAX_ESCALATIONS = 2  # times the damping may grow tenfold
+MOST_DAMPING = 1.0  # fraction of the mean diagonal up to which damping may grow: beyond it nothing of H is left
 
 
 @dataclass
@@ -38,19 +38,20 @@ class PreparedHessian:
         return cost
 
     def feedback_gain(self, hessian: torch.Tensor) -> float:
-        """tr D / tr H: the share of round-to-nearest's loss that GPTQ's feedback leaves (damping in D)."""
-        return float(self.column_cost.sum()) / max(float(hessian.diagonal().sum()), 1e-30)
+        """tr D / tr H over the columns that are not dead: the share of round-to-nearest's loss that GPTQ's feedback
+        leaves (damping in D); 1 when all are dead."""
+        live = ~self.dead
+        total = float(hessian.diagonal()[live.to(hessian.device)].sum())
+        return float(self.column_cost[live].sum()) / total if total > 0 else 1.0
 
 
 def prepare_hessian(hessian: torch.Tensor, *, damp: float = 0.01, act_order: bool = True) -> PreparedHessian:
     """Factor H = E[xxᵀ] [in, in] for GPTQ.
 
-    Dead columns (H_jj = 0) get H_jj = 1. When the Cholesky factorisation fails, damping grows tenfold, at
-    most twice (beyond the mean diagonal nothing of H is left); the count is returned for the report.
-    Raises InputError for a non-finite Hessian or one that no damping repairs.
+    Dead columns (H_jj = 0) get H_jj = 1. Raises InputError for a non-finite Hessian and as `damped_cholesky` does.
     """
     if not hessian.isfinite().all():
-        raise InputError("calibration produced non-finite activations; the model overflows or is damaged")
+        raise InputError("the Hessian of the calibration inputs is non-finite; the model overflows or is damaged")
     if hessian.device.type == "mps":  # Metal has neither float64 nor every factorisation
         hessian = hessian.cpu()
     h = hessian.to(torch.float64, copy=True)
@@ -61,17 +62,27 @@ def prepare_hessian(hessian: torch.Tensor, *, damp: float = 0.01, act_order: boo
     # From the last column to the first: H = VVᵀ with V upper triangular, and U = V⁻¹. One factorisation instead of
     # two, and H itself is never inverted.
     backwards = order.flip(0)
-    h = h[backwards][:, backwards]
-    mean = float(h.diagonal().mean())
-    for escalation in range(MAX_ESCALATIONS + 1):
+    lower, damp, escalations = damped_cholesky(h[backwards][:, backwards], damp)
+    return PreparedHessian(_inverse_upper(lower.flip(0, 1)), order, dead, damp, escalations)
+
+
+def damped_cholesky(h: torch.Tensor, damp: float) -> tuple[torch.Tensor, float, int]:
+    """L with LLᵀ = H + damp · (mean diagonal) · I, the damping used and how often it had to grow.
+
+    When the factorisation fails, damping grows tenfold, up to MOST_DAMPING; the count is for the report. Raises
+    InputError for an `h` [n, n] that no damping repairs.
+    """
+    mean, escalations = float(h.diagonal().mean()) or 1.0, 0
+    while True:
         damped = h.clone()
         damped.diagonal().add_(damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            return PreparedHessian(_inverse_upper(lower.flip(0, 1)), order, dead, damp, escalation)
-        damp *= 10
-    raise InputError(f"the Hessian is not positive definite even with damping {damp / 10:g}; "
-                     "use more or other calibration text")
+            return lower, damp, escalations
+        if damp * 10 > MOST_DAMPING * (1 + 1e-9):
+            raise InputError(f"the Hessian is not positive definite even with damping {damp:g}; "
+                             "use more or other calibration text")
+        damp, escalations = damp * 10, escalations + 1
 
 
 def _inverse_upper(matrix: torch.Tensor) -> torch.Tensor:

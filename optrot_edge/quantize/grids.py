@@ -20,6 +20,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.gridspec import encode_scales
 from optrot_edge.quantize.codebooks import Codebook
 from optrot_edge.quantize.kquants import fit_super_blocks
+from optrot_edge.quantize.numerics import within_range
 
 CPU_CHUNK = 2**12  # blocks of 32 searched at once: keeps a few temporaries of 512 KiB inside the cache
 GPU_CHUNK = 2**18  # enough work for every launch, at 32 MiB per temporary
@@ -145,11 +146,12 @@ class Grid:
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> GridParams:
         """Weighted least-squares parameters for `weight` [out, in]; `importance` [in] ≥ 0 or None.
 
-        Raises InputError for weights that are not finite, and when a scale does not fit the stored precision.
+        Raises InputError for weights or an importance out of range, and when a scale does not fit its stored precision.
         """
         weight = weight.float()
         if not weight.isfinite().all():
             raise InputError("the weights hold NaN or infinity; the model is damaged")
+        importance = None if importance is None else within_range(importance)
         rows, columns = weight.shape
         self.check_width(columns)
         spread = weight.square().mean(1, keepdim=True)

@@ -19,11 +19,22 @@ from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
 from optrot_edge.quantize.asymmetric import Moments, corrected, held_out_count, mean_hessian
 from optrot_edge.quantize.gptq import prepare_hessian
-from optrot_edge.quantize.grids import Grid
+from optrot_edge.quantize.grids import Grid, GridParams
+from optrot_edge.quantize.numerics import (
+    against_rounding,
+    as_float,
+    check_weights,
+    naming,
+    peak_of,
+    refuse_overflow,
+    shared_report,
+    tensor_report,
+)
 from optrot_edge.quantize.refit import gptq_with_refits
-from optrot_edge.quantize.statistics import matrix_report
+from optrot_edge.quantize.statistics import output_error
 from optrot_edge.recipe import ASYMMETRIC
 
+STREAM_LIMIT = 1e18  # of the residual stream in float32: RMSNorm squares it
 KEEP_BYTES = 2**29  # inputs of o_proj and down_proj are kept for the residual update up to this size
 STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # one input each
 LINEARS = tuple(name for names in STAGES for name in names)
@@ -59,21 +70,12 @@ class QuantizerOptions:
             Grid(name)
 
 
-def as_float(weight: torch.Tensor, dtype: str):
-    """numpy array in a float storage type ("f32" or "f16"); InputError if fp16 overflows."""
-    if dtype == "f32":
-        return weight.float().cpu().numpy()
-    half = weight.half()
-    if not half.isfinite().all():
-        raise InputError("weights exceed the range of f16; keep them as f32")
-    return half.cpu().numpy()
-
-
 class SequentialQuantizer:
     """Quantises a (rotated) model into a checkpoint; see `run`."""
 
     def __init__(self, model, options: QuantizerOptions, tokens: torch.Tensor | None):
         self.model, self.options, self.config = model, options, model.config
+        self.source = getattr(model, "source", model)
         self.device = options.device
         self.reports: dict[str, dict] = {}
         self.tokens = tokens
@@ -156,7 +158,8 @@ class SequentialQuantizer:
         prefix = f"layers.{index}."
         for name, tensor in layer.items():
             if name.removesuffix(".weight") not in LINEARS:
-                out[prefix + name] = as_float(tensor, "f32")
+                with naming(prefix + name):
+                    out[prefix + name] = as_float(tensor, "f32")
         original = dict(layer) if self._float_stream is not None else None
         reads = self._stage_inputs(layer)
         aims = None if original is None else self._stage_inputs(original)
@@ -168,14 +171,30 @@ class SequentialQuantizer:
                 inputs = self._remembered(inputs, width)
                 float_inputs = None if aims is None else self._remembered(float_inputs, width)
             moments = self._observe(inputs, float_inputs, width, writes)
-            stored = self._quantize_linears(prefix, layer, names, moments)
+            with naming(", ".join(prefix + name for name in names)):
+                if not all(one.finite for one in moments):
+                    refuse_overflow(layer, index, self.source)
+                stored = self._quantize_linears(prefix, layer, names, moments)
             out |= {f"{prefix}{name}.weight": tensor for name, tensor in stored.items()}
             if writes and moments:
-                for part, whole, _ in self._parts():
-                    part += forward.linear(inputs(part), layer, name).to(part.device)
-                    if whole is not None:
-                        whole += forward.linear(float_inputs(whole), original, name).to(whole.device)
+                peak = self._advance(name, inputs, layer, float_inputs, original)
+                if not peak < STREAM_LIMIT:
+                    with naming(f"output of {prefix}{name}"):
+                        refuse_overflow(layer, index, self.source)
+                self.reports.get(prefix + name, {})["stream_peak"] = peak
         return out
+
+    def _advance(self, name: str, inputs: Callable, layer: dict, float_inputs: Callable | None,
+                 original: dict | None) -> float:
+        """Add what the linear `name` writes to both residual streams; their largest magnitude then."""
+        peak = torch.zeros(())
+        for part, whole, _ in self._parts():
+            part += forward.linear(inputs(part), layer, name).to(part.device)
+            peak = torch.maximum(peak, peak_of(part).cpu())
+            if whole is not None:
+                whole += forward.linear(float_inputs(whole), original, name).to(whole.device)
+                peak = torch.maximum(peak, peak_of(whole).cpu())
+        return float(peak)
 
     def _stage_inputs(self, layer: dict) -> dict[str, Callable]:
         """By the first name of a stage: from a part of the residual stream to what its linears read in `layer`."""
@@ -192,38 +211,49 @@ class SequentialQuantizer:
 
     def _quantize_linears(self, prefix: str, layer: dict, names, moments: list[Moments]) -> dict:
         """Quantise matrices that share an input; `layer` is updated with the decoded weights."""
-        types = {name: self.options.types[f"{prefix}{name}.weight"] for name in names}
-        packed = {name: as_float(layer[f"{name}.weight"], kind) for name, kind in types.items() if kind in FLOAT_TYPES}
+        types, packed = {name: self.options.types[f"{prefix}{name}.weight"] for name in names}, {}
+        for name in names:
+            if types[name] in FLOAT_TYPES:
+                with naming(prefix + name):
+                    packed[name] = as_float(layer[f"{name}.weight"], types[name])
         weights = {name: layer[f"{name}.weight"] for name in names if name not in packed}
         if not weights:
             return packed
         hessian = mean_hessian(moments)
         prepared = self._prepare(hessian)
         factors: dict[str, dict] = {}
+        for name, weight in weights.items():
+            with naming(prefix + name):
+                check_weights(weight)
         if self._float_stream is not None:
             weights, factors = corrected(weights, *moments, self.options.damp)
-        common = {} if prepared is None else {"damp": prepared.damp, "damp_escalations": prepared.escalations,
-                                              "dead_columns": int(prepared.dead.sum()),
-                                              "tr_d_over_tr_h": prepared.feedback_gain(hessian)}
+        common = shared_report(prepared, hessian, moments)
         for kind in dict.fromkeys(types[name] for name in weights):
             same = {name: weight for name, weight in weights.items() if types[name] == kind}
-            for name, (tensor, decoded) in self._quantize_stacked(same, kind, hessian, prepared).items():
-                report = matrix_report(same[name], decoded, hessian)
-                self.reports[f"{prefix}{name}"] = report | common | factors.get(name, {})
+            solved = self._quantize_stacked(prefix, same, kind, hessian, prepared)
+            for name, (tensor, decoded, rounded) in solved.items():
+                with naming(prefix + name):
+                    self.reports[f"{prefix}{name}"] = tensor_report(same[name], decoded, rounded, hessian,
+                                                                    common | factors.get(name, {}))
                 packed[name], layer[f"{name}.weight"] = tensor, decoded
         return packed
 
-    def _quantize_stacked(self, weights: dict, kind: str, hessian, prepared) -> dict[str, tuple]:
-        """Stored and decoded tensors of matrices of one grid and one input, solved for together."""
-        stacked = torch.cat(list(weights.values()))
-        grid = Grid(fitting_type(kind, stacked.shape[1]))
-        codes, params = self._choose_codes(stacked, grid, hessian, prepared, self.options.refits)
+    def _quantize_stacked(self, prefix: str, weights: dict, kind: str, hessian, prepared) -> dict[str, tuple]:
+        """Matrices of one grid and one input, solved for together: by name what is stored, decoded, and what rounding
+        to nearest would give (None without GPTQ)."""
+        grid, fits = Grid(fitting_type(kind, next(iter(weights.values())).shape[1])), []
+        for name, weight in weights.items():
+            with naming(prefix + name):
+                fits.append(self._fit(weight, grid, hessian))
+        codes, params = self._choose_codes(torch.cat(list(weights.values())), grid, GridParams.join(fits), hessian,
+                                           prepared, self.options.refits)
         decoded = grid.decode(codes, params)
         found, first = {}, 0
-        for name, weight in weights.items():
+        for (name, weight), fitted in zip(weights.items(), fits, strict=True):
             rows = slice(first, first + len(weight))
             first = rows.stop
-            found[name] = grid.pack(codes[rows], params.rows(rows)), decoded[rows]
+            rounded = None if prepared is None else grid.decode(grid.round(weight, fitted), fitted)
+            found[name] = grid.pack(codes[rows], params.rows(rows)), decoded[rows], rounded
         return found
 
     def _prepare(self, hessian):
@@ -233,9 +263,13 @@ class SequentialQuantizer:
         return prepare_hessian(hessian, damp=self.options.damp, act_order=self.options.act_order)
 
     @staticmethod
-    def _choose_codes(weight: torch.Tensor, grid: Grid, hessian, prepared, refits: int = 0):
-        """Codes and frozen parameters."""
-        params = grid.fit(weight, None if hessian is None else hessian.diagonal())
+    def _fit(weight: torch.Tensor, grid: Grid, hessian) -> GridParams:
+        """Parameters before any codes are chosen."""
+        return grid.fit(weight, None if hessian is None else hessian.diagonal())
+
+    @staticmethod
+    def _choose_codes(weight: torch.Tensor, grid: Grid, params: GridParams, hessian, prepared, refits: int = 0):
+        """Codes and frozen parameters, from those first fitted."""
         if prepared is None:
             return grid.round(weight, params), params
         return gptq_with_refits(weight, hessian, prepared, grid, params, refits)
@@ -243,17 +277,28 @@ class SequentialQuantizer:
     def _quantize_plain(self, name: str, weight: torch.Tensor, hessian=None):
         """Embedding or head: weighted round-to-nearest, or GPTQ when there is a Hessian and it is asked."""
         kind = self.options.types[f"{name}.weight"]
-        if kind in FLOAT_TYPES:
-            return as_float(weight, kind)
-        grid, tensors, prepared = Grid(fitting_type(kind, weight.shape[1])), [], self._prepare(hessian)
-        signal, noise, wide = 0.0, 0.0, widest_float(self.device)
-        for rows in weight.split(8192):
-            rows = rows.to(self.device)
-            codes, params = self._choose_codes(rows, grid, hessian, prepared)
-            tensors.append(grid.pack(codes, params))
-            noise += float((grid.decode(codes, params) - rows).square().sum(dtype=wide))
-            signal += float(rows.square().sum(dtype=wide))
-        self.reports[name] = {"snr_db": None, "relative_mse": noise / signal if signal else 0.0}
+        with naming(name):
+            if kind in FLOAT_TYPES:
+                return as_float(weight, kind)
+            grid, tensors, prepared = Grid(fitting_type(kind, weight.shape[1])), [], self._prepare(hessian)
+            signal, noise, wide = 0.0, 0.0, widest_float(self.device)
+            error, rounded = 0.0, 0.0
+            for rows in weight.split(8192):
+                rows = rows.to(self.device)
+                check_weights(rows)
+                fitted = self._fit(rows, grid, hessian)
+                codes, params = self._choose_codes(rows, grid, fitted, hessian, prepared)
+                tensors.append(grid.pack(codes, params))
+                delta = grid.decode(codes, params) - rows
+                noise += float(delta.square().sum(dtype=wide))
+                signal += float(rows.square().sum(dtype=wide))
+                if prepared is not None:
+                    error += output_error(delta, hessian)
+                    rounded += output_error(grid.decode(grid.round(rows, fitted), fitted) - rows, hessian)
+        report = {"snr_db": None, "relative_mse": noise / signal if signal else 0.0}
+        if prepared is not None:
+            report |= {"output_error": error} | against_rounding(error, rounded) | shared_report(prepared, hessian)
+        self.reports[name] = report
         return QuantizedTensor.join(tensors)
 
     @torch.no_grad()
@@ -261,10 +306,14 @@ class SequentialQuantizer:
         """Final norm and head. A tied matrix is also the embedding, so it is rounded with the head's
         importance but without GPTQ's feedback, which would damage the rows as lookups."""
         norm = self.model.final_norm(torch.float32)
-        out = {"norm.weight": as_float(norm, "f32")}
+        with naming("norm.weight"):
+            out = {"norm.weight": as_float(norm, "f32")}
         gain, eps = norm.to(self.device), self.config.rms_norm_eps
         moments = self._observe(lambda x: forward.rms_norm(x.to(self.device), gain, eps), None,
                                 self.config.hidden_size, writes=False)
+        if not all(one.finite for one in moments):
+            with naming("lm_head"):
+                refuse_overflow({"norm.weight": norm}, None, self.source)
         hessian = mean_hessian(moments)
         head = self.model.lm_head(torch.float32)
         if head is None:

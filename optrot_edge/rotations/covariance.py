@@ -23,6 +23,7 @@ from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
+from optrot_edge.quantize.numerics import naming, refuse_overflow
 from optrot_edge.quantize.statistics import MeanProduct
 from optrot_edge.rotations.rotation import Rotation
 
@@ -105,9 +106,10 @@ def _collect(source, tokens, device, batch_size, folder: Path, progress) -> None
         for part in stream.split(batch_size):
             part.copy_(_observe(part.to(device), layer, config, rope, sums))
         means = {name: total.mean().float().cpu().contiguous() for name, total in sums.items()}
-        if not all(bool(mean.isfinite().all()) for mean in means.values()):
-            raise InputError(f"calibration produced non-finite activations in layer {index}; "
-                             "the model overflows or is damaged")
+        for name, mean in means.items():
+            if not mean.isfinite().all():
+                with naming(", ".join(f"layers.{index}.{reader}" for reader in INPUTS[name])):
+                    refuse_overflow(layer, index, source)
         try:
             save_file(means, folder / f"{index:05d}.safetensors")
         except (OSError, SafetensorError) as error:

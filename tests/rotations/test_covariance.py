@@ -122,7 +122,8 @@ def test_nothing_is_left_behind(failure, tiny, tmp_path, monkeypatch):
         def full(*_):
             raise OSError("No space left on device")
         monkeypatch.setattr(covariance, "save_file", full)
-    expected, says = {"interrupt": (KeyboardInterrupt, None), "overflow": (InputError, "non-finite.* in layer 1"),
+    overflow = "layers.1.down_proj: calibration .*non-finite.* layers.1.up_proj.weight, stored as F32"
+    expected, says = {"interrupt": (KeyboardInterrupt, None), "overflow": (InputError, overflow),
                       "disk": (InputError, "cannot write covariances to .*No space left")}[failure]
     with pytest.raises(expected, match=says):
         collect(source, TOKENS, folder=tmp_path, progress=progress)
