@@ -45,7 +45,7 @@ def refit(target: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.
 
     Rows that would lose by rounding to stored precision keep what they have.
     """
-    unknowns = len(_slopes(grid, codes[:1], params.rows(slice(1)))) * codes.shape[1] // grid.spec.block_size
+    unknowns = len(slopes_of(grid, codes[:1], params.rows(slice(1)))) * codes.shape[1] // grid.spec.block_size
     step = max(1, CHUNK // unknowns**2)
     parts = []
     for first in range(0, len(target), step):
@@ -59,7 +59,7 @@ def row_losses(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return ((error @ hessian) * error).sum(1)
 
 
-def _slopes(grid: Grid, codes: torch.Tensor, params: GridParams) -> list[torch.Tensor]:
+def slopes_of(grid: Grid, codes: torch.Tensor, params: GridParams) -> list[torch.Tensor]:
     """Derivatives of the weights by the stored scales and, where there are any, float offsets: each
     [out, blocks, block], a block being what shares them."""
     spec, rows = grid.spec, len(codes)
@@ -74,7 +74,7 @@ def _slopes(grid: Grid, codes: torch.Tensor, params: GridParams) -> list[torch.T
 
 
 def _refit_rows(target, hessian, grid, codes, params) -> GridParams:
-    slopes = [slope.to(target) for slope in _slopes(grid, codes, params)]
+    slopes = [slope.to(target) for slope in slopes_of(grid, codes, params)]
     rows, blocks, size = slopes[0].shape
     error = grid.decode(codes, params) - target
     pull = (error @ hessian).view(rows, blocks, size)
