@@ -186,6 +186,13 @@ class QuantizedCheckpoint:
             raise InputError(f"{path}/{MANIFEST}: format_version is not {FORMAT_VERSION}; "
                              "it was written by another version of optrot-edge")
 
+    @classmethod
+    def unfinished(cls, writer: CheckpointWriter, manifest: dict) -> QuantizedCheckpoint:
+        """What `writer` has written so far, to be read before it is finished with `manifest`."""
+        checkpoint = cls.__new__(cls)
+        checkpoint.path, checkpoint.manifest = writer.work, manifest | {"tensors": writer.tensors}
+        return checkpoint
+
     @property
     def names(self) -> list[str]:
         """Canonical tensor names, e.g. `layers.0.q_proj.weight`, `embed_tokens.weight`."""

@@ -72,6 +72,8 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
             progress("choose", 1, 1, manifest["auto"]["why"])
         else:
             manifest = fill(recipe, writer, rotation)
+        if recipe.distill:
+            manifest |= {"distill": _distill(source, recipe, inputs, writer, manifest, progress)}
         inputs.close()  # what it keeps lies in the folder that becomes the checkpoint
         for said in manifest["warnings"]:
             warnings.warn(said, stacklevel=2)
@@ -109,6 +111,20 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
             "inputs": {path.name: hash_file(path) for path in source.files}, "errors": quantizer.reports,
             "expected_kl": expected, "notes": check_widths(source, recipe, rotated.config, chosen),
             "warnings": warnings_of(quantizer.reports)}
+
+
+def _distill(source, recipe: Recipe, inputs: CalibrationInputs, writer: CheckpointWriter, manifest: dict,
+             progress: Progress) -> dict:
+    """Let what is not codes learn from `source`; returns what the manifest says of it."""
+    from optrot_edge.quantize.asymmetric import held_out_count
+    from optrot_edge.quantize.distill import DistillOptions, distill
+
+    report = distill(source, writer, manifest, inputs.tokens, held_out_count(len(inputs.tokens)),
+                     DistillOptions(recipe.distill, seed=recipe.seed, device=inputs.device),
+                     lambda done, total, kl: progress("distil", done, total, f"KL {kl:.4f}"))
+    said = f"to {report['kl_after']:.4f}" if report["kept"] else "did not fall; nothing kept"
+    progress("distil", 1, 1, f"held-out KL {report['kl_before']:.4f} {said}")
+    return report
 
 
 def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrite: bool = False,
