@@ -6,8 +6,10 @@
 tokens, embedding and head F16, KL(float ‖ arm) in nats, decoded weights in torch, float32.
 
 *Arms.* `gptq`: GPTQ on frozen grids and the quantised model's inputs, nothing more. `inputs`, `residual`: it makes up
-for the errors made before it in its inputs, and in the residual stream too (`asymmetric`). `refit`: scales fitted again
-after it, twice (`refits`). `default`: residual and refit. `plus-r2` after a + rotates with OptRot+ (R2, scales) first.
+for the errors made before it in its inputs, and in the residual stream too (`asymmetric`). `refit`: scales fitted
+again after it, twice (`refits`). `default`: residual and refit. `distill`: after plain GPTQ, scales, mins and norm
+gains learn from the float model for two epochs of the same windows; `default-distill`: after the default. `plus-r2`
+after a + rotates with OptRot+ (R2, scales) first.
 
 Ratios to `gptq` carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done.
 """
@@ -31,6 +33,8 @@ PARTS = {
     "residual": {"asymmetric": "residual", "refits": 0},
     "refit": {"asymmetric": "none", "refits": 2},
     "default": {"asymmetric": "residual", "refits": 2},
+    "distill": {"asymmetric": "none", "refits": 0, "distill": 2},
+    "default-distill": {"asymmetric": "residual", "refits": 2, "distill": 2},
 }
 
 

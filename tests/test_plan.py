@@ -82,6 +82,12 @@ def test_the_plan_counts_the_learning(tmp_path):
     assert plan._statistics_flops(source.config, Recipe(nsamples=256)) > plan._statistics_flops(source.config, Recipe())
 
 
+def test_the_plan_counts_distillation(tmp_path):
+    source = open_model(save_model(tmp_path / "model", "llama"))
+    efforts = [plan._distilling_effort(source.config, Recipe(distill=epochs))[0] for epochs in (0, 1, 4)]
+    assert efforts[0] == 0 < efforts[1] < efforts[2] / 3
+
+
 def test_dry_run_with_a_saved_rotation(files, tmp_path, capfd):
     run_ok("quantize", files["model"], "--out", tmp_path / "c", "--dry-run", "--json", "--rotation", files["rotation"])
     found = json.loads(capfd.readouterr().out)
