@@ -23,12 +23,13 @@ from optrot_edge.budget import candidates
 from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import prepare_hessian
 from optrot_edge.quantize.grids import Grid
+from optrot_edge.quantize.refit import row_losses
 from optrot_edge.rotations.covariance import INPUTS
 
 ROWS = 128  # of a matrix that are fitted in every type
 HEAD_ROWS = 2048
 HEAD_TOKENS = 512
-VERSION = 1  # of what is kept: raise it when the same inputs give other costs
+VERSION = 2  # of what is kept: raise it when the same inputs give other costs
 
 
 def measure_costs(source, inputs, *, progress: Callable[[int, int], None] | None = None) -> dict[str, dict[str, float]]:
@@ -103,24 +104,27 @@ def _embedding_costs(source, inputs) -> dict[str, float]:
 
 @torch.no_grad()
 def _head_costs(source, inputs) -> dict[str, float]:
-    """½ E[Σ_i p_i (1 − p_i) (Δ_i x)²] over the rows of most weight, scaled to all of it."""
+    """½ E[Σ_i p_i (1 − p_i) (Δ_i x)²] of rounding, over the rows of most weight and scaled to all of it, times what
+    GPTQ leaves of it: Σ D η² of ηHηᵀ."""
     tokens, _ = inputs.gradient
-    windows = max(1, HEAD_TOKENS // tokens.shape[1])
-    hidden = forward.final_hidden(source, tokens[:windows], device=inputs.device).flatten(0, 1)
+    hidden = forward.final_hidden(source, tokens, device=inputs.device).flatten(0, 1)
+    h = (hidden.T @ hidden).double() / len(hidden)
+    cost = prepare_hessian(h, damp=inputs.recipe.damp).column_cost.to(hidden)
     head = source.lm_head(torch.float32)
     head = source.embedding(torch.float32) if head is None else head
-    spread = []
-    for part in hidden.split(128):
+    judged, spread = hidden[:HEAD_TOKENS], []
+    for part in judged.split(128):
         p = F.linear(part, head).softmax(-1)
         spread.append(p * (1 - p))
     mass = sum(part.sum(0, dtype=torch.float64) for part in spread)
     rows = mass.topk(min(HEAD_ROWS, len(mass))).indices
     weight, share = torch.cat([part[:, rows] for part in spread]), float(mass[rows].sum() / mass.sum())
-    importance = hidden.square().mean(0)
     out = {}
     for kind in candidates(head.shape[1]):
-        error = F.linear(hidden, _error(head[rows], kind, importance))
-        out[kind] = 0.5 * float((weight * error.square()).sum(dtype=torch.float64)) / share / len(hidden)
+        error = _error(head[rows], kind, h.diagonal())
+        rounding = 0.5 * float((weight * F.linear(judged, error).square()).sum(dtype=torch.float64)) / len(judged)
+        before, after = row_losses(error, h.float()), error.square() @ cost
+        out[kind] = rounding / share * min(1.0, float((mass[rows] @ after.double()) / (mass[rows] @ before.double())))
     return out
 
 

@@ -275,7 +275,7 @@ class SequentialQuantizer:
         return gptq_with_refits(weight, hessian, prepared, grid, params, refits)
 
     def _quantize_plain(self, name: str, weight: torch.Tensor, hessian=None):
-        """Embedding or head: weighted round-to-nearest, or GPTQ when there is a Hessian and it is asked."""
+        """Embedding or head: weighted round-to-nearest, or GPTQ when there is a Hessian and it is asked for."""
         kind = self.options.types[f"{name}.weight"]
         with naming(name):
             if kind in FLOAT_TYPES:
@@ -287,7 +287,7 @@ class SequentialQuantizer:
                 rows = rows.to(self.device)
                 check_weights(rows)
                 fitted = self._fit(rows, grid, hessian)
-                codes, params = self._choose_codes(rows, grid, fitted, hessian, prepared)
+                codes, params = self._choose_codes(rows, grid, fitted, hessian, prepared, self.options.refits)
                 tensors.append(grid.pack(codes, params))
                 delta = grid.decode(codes, params) - rows
                 noise += float(delta.square().sum(dtype=wide))
@@ -303,8 +303,8 @@ class SequentialQuantizer:
 
     @torch.no_grad()
     def _quantize_head(self) -> dict:
-        """Final norm and head. A tied matrix is also the embedding, so it is rounded with the head's
-        importance but without GPTQ's feedback, which would damage the rows as lookups."""
+        """Final norm and head. A tied matrix is treated as the head, as which it errs most; as an embedding it gains
+        from that too."""
         norm = self.model.final_norm(torch.float32)
         with naming("norm.weight"):
             out = {"norm.weight": as_float(norm, "f32")}
@@ -314,12 +314,8 @@ class SequentialQuantizer:
         if not all(one.finite for one in moments):
             with naming("lm_head"):
                 refuse_overflow({"norm.weight": norm}, None, self.source)
-        hessian = mean_hessian(moments)
-        head = self.model.lm_head(torch.float32)
+        name, head = "lm_head", self.model.lm_head(torch.float32)
         if head is None:
-            diagonal = None if hessian is None else hessian.diagonal().diag()
-            out["embed_tokens.weight"] = self._quantize_plain(
-                "embed_tokens", self.model.embedding(torch.float32), diagonal)
-        else:
-            out["lm_head.weight"] = self._quantize_plain("lm_head", head, hessian)
+            name, head = "embed_tokens", self.model.embedding(torch.float32)
+        out[f"{name}.weight"] = self._quantize_plain(name, head, mean_hessian(moments))
         return out
