@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS, STORED_DTYPES, GridSpec, decode_scales, grid_spec
 
-__all__ = ["FLOAT_TYPES", "GGUF_GRIDS", "MANIFEST", "CheckpointWriter", "GridSpec", "QuantizedCheckpoint",
-           "QuantizedTensor", "chosen_by_auto", "grid_spec"]
+__all__ = ["FLOAT_TYPES", "GGUF_GRIDS", "MANIFEST", "CheckpointWriter", "GridSpec", "NoWriter",
+           "QuantizedCheckpoint", "QuantizedTensor", "chosen_by_auto", "grid_spec"]
 MANIFEST = "optrot.json"
 FORMAT_VERSION = 1
 
@@ -163,6 +163,28 @@ class CheckpointWriter:
             self.work.rename(self.path)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error}") from None
+        return self.path
+
+
+class NoWriter:
+    """Stands for a CheckpointWriter in the processes of a torchrun launch that write nothing."""
+
+    work = None
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __enter__(self) -> NoWriter:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+    def write_shard(self, shard: str, tensors: dict) -> None:
+        """Nothing."""
+
+    def finish(self, manifest: dict) -> Path:
+        """Where rank 0 writes."""
         return self.path
 
 

@@ -34,9 +34,8 @@ def main_options(debug: Annotated[bool, typer.Option("--debug", help="Show the t
                  ctx: typer.Context = None):
     """Options before the command."""
     settings["debug"] = debug
-    if process_count() > 1 and ctx.invoked_subcommand != "rotate":
-        raise InputError("torchrun serves `rotate` only: learn the rotation with it, then run "
-                         f"{ctx.invoked_subcommand} in one process with --rotation FILE")
+    if process_count() > 1 and ctx.invoked_subcommand not in ("rotate", "quantize", "export"):
+        raise InputError(f"torchrun serves rotate, quantize and export; run {ctx.invoked_subcommand} in one process")
 
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or a GGUF file.")]
@@ -154,7 +153,11 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
              asymmetric: Asymmetric = None, refits: Refits = 2, distill: Distill = 0, seed: Seed = 0,
              device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False, quiet: Quiet = False,
              json: Json = False, ctx: typer.Context = None):
-    """Rotate and quantise MODEL into a checkpoint that `export` packages."""
+    """Rotate and quantise MODEL into a checkpoint that `export` packages.
+
+    With several GPUs: torchrun --nproc-per-node N -m optrot_edge quantize MODEL --rotation optrot
+    --out FOLDER; likewise export.
+    """
     from optrot_edge import pipeline
 
     with _reporter(quiet, json) as reporter:
@@ -162,6 +165,8 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
         if dry_run:
             return _emit(pipeline.plan(model, **fields), print_plan)
         path = pipeline.quantize(model, out, overwrite=overwrite, progress=reporter.update, **fields)
+    if process_rank():
+        return  # rank 0 of a torchrun launch reports
     from optrot_edge.inspect import inspect_path
 
     _emit(inspect_path(path), print_inspection)

@@ -14,11 +14,13 @@ from optrot_edge.checkpoint import (
     FLOAT_TYPES,
     GGUF_GRIDS,
     CheckpointWriter,
+    NoWriter,
     QuantizedCheckpoint,
     chosen_by_auto,
 )
 from optrot_edge.errors import InputError
 from optrot_edge.inputs import CalibrationInputs, Progress, check_windows, hash_file
+from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import Recipe
 from optrot_edge.rotating import (
     make_rotation,
@@ -42,11 +44,13 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
 
     `rotation` may also be a Rotation made before. Raises InputError on bad input; nothing is left
     behind then. Warns of numerical trouble that the result has, which the manifest keeps under "warnings".
+    Under torchrun the processes share the work and only rank 0 writes.
     """
     needs_learn()
     from optrot_edge.auto import held_out_windows, quantize_best
     from optrot_edge.models import open_model
     from optrot_edge.plan import check_widths
+    from optrot_edge.rotations.distributed import local_device
 
     started = time.perf_counter()
     if isinstance(rotation, str | Path):
@@ -57,9 +61,11 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
     source = open_model(model)
     for note in check_widths(source, recipe):
         progress("types", 1, 1, note)
-    device = resolve_device(recipe.device)
+    device = local_device(resolve_device(recipe.device))
     choose = rotation is None and recipe.rotation == "auto"
-    with CheckpointWriter(out, overwrite=overwrite) as writer, CalibrationInputs(
+    if process_count() > 1:
+        _refuse_processes(recipe, choose)
+    with NoWriter(out) if process_rank() else CheckpointWriter(out, overwrite=overwrite) as writer, CalibrationInputs(
             source, recipe, device, writer.work, held_out=held_out_windows(recipe) if choose else 0,
             progress=progress) as inputs:
 
@@ -78,6 +84,16 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
         for said in manifest["warnings"]:
             warnings.warn(said, stacklevel=2)
         return writer.finish(manifest | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _refuse_processes(recipe: Recipe, choose: bool) -> None:
+    """InputError for what cannot share its work yet."""
+    if choose:
+        raise InputError("--rotation auto runs in one process; under torchrun name a rotation (none, hadamard, optrot) "
+                         "or a file made by `rotate`")
+    for option, given in (("--distill", recipe.distill), ("--target-bpw and --target-size", recipe.has_target)):
+        if given:
+            raise InputError(f"{option} need one process; start it without torchrun")
 
 
 def _stored_bits(source, recipe: Recipe):
@@ -104,6 +120,8 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
     quantizer = SequentialQuantizer(rotated, options, inputs.tokens)
     quantizer.run(writer, lambda done, total, worst: progress(
         "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))
+    if process_rank():
+        return {"warnings": []}
     source.save_tokenizer(writer.work / "tokenizer")
     return {"model": rotated.config.to_dict(), "rotation": rotation.describe(),
             "recipe": dataclasses.asdict(recipe) | {"device": inputs.device}, "seed": recipe.seed,
@@ -133,10 +151,14 @@ def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrit
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
     With a model, `fields` are Recipe's and `checkpoint` keeps the intermediate checkpoint there; `target_size`
-    is then the size of the whole file.
+    is then the size of the whole file. Under torchrun only rank 0 writes; the other processes get an empty summary.
     """
     out = Path(out)
     _check_export(model, format, fields)
+    if process_rank():  # of a torchrun launch: rank 0 packages what all have quantised
+        if not is_checkpoint(model):
+            quantize(model, out, **fields)
+        return {}
     prepare_output(out, overwrite)
     if is_checkpoint(model):
         return _export_gguf(model, out, overwrite, vocab_from, progress)

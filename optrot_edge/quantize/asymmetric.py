@@ -64,6 +64,14 @@ class Moments:
         """Whether every sum of products is."""
         return all(bool(part.total.isfinite().all()) for part in self.products.values())
 
+    def summed(self, world) -> Moments:
+        """The same over the windows of all processes of `world`, a `rotations.distributed.World`."""
+        whole = copy.copy(self)
+        whole.peak = torch.tensor(world.maximum(float(self.peak)))
+        for name, part in self.products.items():
+            setattr(whole, name, part.summed(world))
+        return whole
+
     def __add__(self, other: Moments) -> Moments:
         both = copy.copy(self)
         both.peak = torch.maximum(self.peak, other.peak)

@@ -1,5 +1,8 @@
 """Layer-by-layer quantisation: each linear is fitted on what the already quantised ones feed it.
 
+Under torchrun every process runs this alike, with its share of the calibration windows and of every matrix's rows;
+sums and rows are joined, so that each has the whole result.
+
 Memory: one decoder layer, the residual stream of the calibration tokens, one Hessian, the embedding; with asymmetric
 calibration a float layer and its stream beside them, and five more matrices of a Hessian's size.
 """
@@ -33,6 +36,7 @@ from optrot_edge.quantize.numerics import (
 from optrot_edge.quantize.refit import gptq_with_refits
 from optrot_edge.quantize.statistics import output_error
 from optrot_edge.recipe import ASYMMETRIC
+from optrot_edge.rotations.distributed import World
 
 STREAM_LIMIT = 1e18  # of the residual stream in float32: RMSNorm squares it
 KEEP_BYTES = 2**29  # inputs of o_proj and down_proj are kept for the residual update up to this size
@@ -80,7 +84,10 @@ class SequentialQuantizer:
         self.reports: dict[str, dict] = {}
         self.tokens = tokens
         self._stream = self._float_stream = None
-        self._held_out = 0
+        self._held_out, self._judges = 0, False
+        self.world = World(self.device)
+        if self.world.size > min(self.config.vocab_size, self.config.num_key_value_heads * self.config.head_dim):
+            raise InputError(f"{self.world.size} processes are more than a matrix has rows; lower --nproc-per-node")
         if tokens is None and options.method == "gptq":
             raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
 
@@ -107,10 +114,15 @@ class SequentialQuantizer:
         """Residual streams before the first layer: as the package has it and, for asymmetric calibration, the float
         model's. A tied embedding is quantised last, so its errors are not seen here."""
         self._rope = forward.rope_tables(self.config, self.tokens.shape[1], device=self.device)
-        self._stream = F.embedding(self.tokens, embedding if stored is None else stored)
-        if self.options.asymmetric != "none":
-            self._float_stream = F.embedding(self.tokens, embedding)
-            self._held_out = held_out_count(len(self.tokens))
+        self._judges = self.options.asymmetric != "none"
+        held_out = held_out_count(len(self.tokens)) if self._judges else 0
+        # Whole batches to each process, so that every product is the one that a single process would have.
+        fit, held = (part[self.world.share(len(part), self.options.batch_size)] for part in
+                     (self.tokens[:len(self.tokens) - held_out], self.tokens[len(self.tokens) - held_out:]))
+        tokens, self._held_out = torch.cat([fit, held]), len(held)
+        self._stream = F.embedding(tokens, embedding if stored is None else stored)
+        if self._judges:
+            self._float_stream = F.embedding(tokens, embedding)
 
     def _parts(self):
         """Views of both streams, batch by batch (the float one None without asymmetric calibration), and whether they
@@ -131,11 +143,11 @@ class SequentialQuantizer:
         gap = writes and self.options.asymmetric == "residual"
         hidden = self.config.hidden_size if gap else None
         sums = [Moments(width, self.device, float_inputs=float_inputs is not None, hidden=hidden)
-                for _ in range(2 if self._held_out else 1)]
+                for _ in range(2 if self._judges else 1)]
         for part, whole, held_out in self._parts():
             sums[held_out].add(inputs(part), None if float_inputs is None else float_inputs(whole),
                                (whole - part).to(self.device) if gap else None)
-        return sums
+        return sums if self.world.size == 1 else [one.summed(self.world) for one in sums]
 
     def _remembered(self, inputs: Callable, width: int) -> Callable:
         """`inputs` that computes each part once, when all of them fit KEEP_BYTES."""
@@ -194,7 +206,7 @@ class SequentialQuantizer:
             if whole is not None:
                 whole += forward.linear(float_inputs(whole), original, name).to(whole.device)
                 peak = torch.maximum(peak, peak_of(whole).cpu())
-        return float(peak)
+        return self.world.maximum(float(peak))
 
     def _stage_inputs(self, layer: dict) -> dict[str, Callable]:
         """By the first name of a stage: from a part of the residual stream to what its linears read in `layer`."""
@@ -240,21 +252,32 @@ class SequentialQuantizer:
 
     def _quantize_stacked(self, prefix: str, weights: dict, kind: str, hessian, prepared) -> dict[str, tuple]:
         """Matrices of one grid and one input, solved for together: by name what is stored, decoded, and what rounding
-        to nearest would give (None without GPTQ)."""
+        to nearest would give (None without GPTQ). Every process solves for its share of the rows."""
         grid, fits = Grid(fitting_type(kind, next(iter(weights.values())).shape[1])), []
-        for name, weight in weights.items():
-            with naming(prefix + name):
-                fits.append(self._fit(weight, grid, hessian))
-        codes, params = self._choose_codes(torch.cat(list(weights.values())), grid, GridParams.join(fits), hessian,
-                                           prepared, self.options.refits)
-        decoded = grid.decode(codes, params)
+        mine = [weight[self.world.share(len(weight))] for weight in weights.values()]
+        with self.world.same_errors():
+            for name, part in zip(weights, mine, strict=True):
+                with naming(prefix + name):
+                    fits.append(self._fit(part, grid, hessian))
+            codes, params = self._choose_codes(torch.cat(mine), grid, GridParams.join(fits), hessian, prepared,
+                                               self.options.refits)
         found, first = {}, 0
         for (name, weight), fitted in zip(weights.items(), fits, strict=True):
-            rows = slice(first, first + len(weight))
+            rows = slice(first, first + len(fitted.scales))
             first = rows.stop
-            rounded = None if prepared is None else grid.decode(grid.round(weight, fitted), fitted)
-            found[name] = grid.pack(codes[rows], params.rows(rows)), decoded[rows], rounded
+            whole, its = self._gathered(codes[rows], params.rows(rows), len(weight))
+            rounded = None
+            if prepared is not None:
+                rounded = grid.decode(*self._gathered(grid.round(weight[self.world.share(len(weight))], fitted), fitted,
+                                                      len(weight)))
+            found[name] = grid.pack(whole, its), grid.decode(whole, its), rounded
         return found
+
+    def _gathered(self, codes: torch.Tensor, params: GridParams, rows: int) -> tuple[torch.Tensor, GridParams]:
+        """Codes and parameters of all `rows`, of which every process has its share."""
+        gather = self.world.gather
+        return gather(codes, rows), GridParams(gather(params.scales, rows), gather(params.offsets, rows), {
+            name: gather(part, rows) for name, part in params.stored.items()})
 
     def _prepare(self, hessian):
         """The factorised Hessian, or None when codes are to be rounded without feedback."""
@@ -283,18 +306,21 @@ class SequentialQuantizer:
             grid, tensors, prepared = Grid(fitting_type(kind, weight.shape[1])), [], self._prepare(hessian)
             signal, noise, wide = 0.0, 0.0, widest_float(self.device)
             error, rounded = 0.0, 0.0
-            for rows in weight.split(8192):
-                rows = rows.to(self.device)
-                check_weights(rows)
-                fitted = self._fit(rows, grid, hessian)
-                codes, params = self._choose_codes(rows, grid, fitted, hessian, prepared, self.options.refits)
-                tensors.append(grid.pack(codes, params))
+            for rows in weight.tensor_split(-(-len(weight) // 8192)):  # equal parts: every process has some of each
+                count, rows = len(rows), rows[self.world.share(len(rows))].to(self.device)
+                with self.world.same_errors():
+                    check_weights(rows)
+                    fitted = self._fit(rows, grid, hessian)
+                    codes, params = self._choose_codes(rows, grid, fitted, hessian, prepared, self.options.refits)
+                tensors.append(grid.pack(*self._gathered(codes, params, count)))
                 delta = grid.decode(codes, params) - rows
                 noise += float(delta.square().sum(dtype=wide))
                 signal += float(rows.square().sum(dtype=wide))
                 if prepared is not None:
                     error += output_error(delta, hessian)
                     rounded += output_error(grid.decode(grid.round(rows, fitted), fitted) - rows, hessian)
+        sums = torch.tensor([signal, noise, error, rounded], dtype=torch.float64)
+        signal, noise, error, rounded = self.world.sum(sums).tolist()
         report = {"snr_db": None, "relative_mse": noise / signal if signal else 0.0}
         if prepared is not None:
             report |= {"output_error": error} | against_rounding(error, rounded) | shared_report(prepared, hessian)

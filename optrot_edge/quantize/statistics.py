@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -26,6 +27,13 @@ class MeanProduct:
     def __add__(self, other: MeanProduct) -> MeanProduct:
         both = MeanProduct(*self.total.shape, self.total.device)
         both.total, both.tokens = self.total + other.total, self.tokens + other.tokens
+        return both
+
+    def summed(self, world) -> MeanProduct:
+        """The same over the tokens of all processes of `world`, a `rotations.distributed.World`."""
+        both = copy.copy(self)
+        both.total = world.sum(self.total)
+        both.tokens = int(world.sum(torch.tensor(self.tokens)))
         return both
 
     def mean(self) -> torch.Tensor:

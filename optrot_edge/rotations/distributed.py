@@ -1,12 +1,15 @@
-"""The layers of a model shared out over processes (torchrun), and the one collective that joins them.
+"""Work shared out over processes (torchrun), and the collectives that join it.
 
-Everything is summed: what belongs to one layer is zero elsewhere, so a sum gathers it exactly.
+Nearly everything is summed: what belongs to one process is zero elsewhere, so a sum gathers it exactly.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -44,7 +47,7 @@ def spare_memory(device: str) -> int:
 
 
 class World:
-    """The processes that learn together; alone, `sum` is the identity."""
+    """The processes that learn or quantise together; alone, `sum` is the identity."""
 
     def __init__(self, device: str = "cpu"):
         self.device = torch.device(device)
@@ -59,6 +62,46 @@ class World:
     def mine(self, count: int) -> range:
         """Which of `count` layers this process owns: every size-th, so that unequal layers even out."""
         return range(self.rank, count, self.size)
+
+    def share(self, count: int, step: int = 1) -> slice:
+        """Which of `count` windows or rows, in pieces of `step`, are this process's: a run, perhaps an empty one."""
+        pieces = -(-count // step)
+        first, last = (pieces * rank // self.size * step for rank in (self.rank, self.rank + 1))
+        return slice(min(first, count), min(last, count))
+
+    def gather(self, part: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+        """All `rows` of a tensor of which every process has its `share` [share, ...]; None stays None."""
+        if self.size == 1 or part is None:
+            return part
+        whole = part.new_zeros(rows, *part.shape[1:])
+        whole[self.share(rows)] = part
+        return self.sum(whole)
+
+    def maximum(self, value: float) -> float:
+        """The largest `value` of all processes; infinity when one is NaN."""
+        if self.size == 1:
+            return value
+        there = torch.tensor(math.inf if math.isnan(value) else value, device=self.device)
+        dist.all_reduce(there, dist.ReduceOp.MAX)
+        return float(there)
+
+    @contextmanager
+    def same_errors(self) -> Iterator[None]:
+        """An InputError inside, in whichever process, is raised in all: only rank 0 prints, and none waits in vain.
+
+        Nothing inside may be collective.
+        """
+        caught = None
+        try:
+            yield
+        except InputError as error:
+            caught = error
+        if self.size > 1:
+            errors: list = [None] * self.size
+            dist.all_gather_object(errors, caught)
+            caught = next((error for error in errors if error is not None), None)
+        if caught is not None:
+            raise caught
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all processes; returned on the device it came from."""

@@ -79,8 +79,8 @@ def test_two_processes_choose_the_same_matrices(tmp_path):
 
 @pytest.mark.slow
 def test_other_commands_refuse_torchrun(tmp_path):
-    done = launch(["quantize", tmp_path / "model", "--out", tmp_path / "out"])
-    assert done.returncode != 0 and done.stderr.count("torchrun serves `rotate` only") == 1
+    done = launch(["inspect", tmp_path / "model"])
+    assert done.returncode != 0 and done.stderr.count("torchrun serves rotate, quantize and export") == 1
 
 
 def test_alone_nothing_is_shared(monkeypatch):
