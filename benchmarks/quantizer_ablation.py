@@ -7,9 +7,10 @@ tokens, embedding and head F16, KL(float ‖ arm) in nats, decoded weights in to
 
 *Arms.* `gptq`: GPTQ on frozen grids and the quantised model's inputs, nothing more. `inputs`, `residual`: it makes up
 for the errors made before it in its inputs, and in the residual stream too (`asymmetric`). `refit`: scales fitted
-again after it, twice (`refits`). `default`: residual and refit. `distill`: after plain GPTQ, scales, mins and norm
-gains learn from the float model for two epochs of the same windows; `default-distill`: after the default. `plus-r2`
-after a + rotates with OptRot+ (R2, scales) first.
+again after it, twice (`refits`). `default`: residual and refit. `distill`: scales, mins and norm gains learn from
+the float model for four epochs; GPTQ calibrates on three quarters of the windows and they learn from the last, so that
+no arm reads more text. `default-distill`: the same after the default. `plus-r2` after a + rotates with OptRot+
+(R2, scales) first.
 
 Ratios to `gptq` carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done.
 """
@@ -33,8 +34,8 @@ PARTS = {
     "residual": {"asymmetric": "residual", "refits": 0},
     "refit": {"asymmetric": "none", "refits": 2},
     "default": {"asymmetric": "residual", "refits": 2},
-    "distill": {"asymmetric": "none", "refits": 0, "distill": 2},
-    "default-distill": {"asymmetric": "residual", "refits": 2, "distill": 2},
+    "distill": {"asymmetric": "none", "refits": 0, "distill": 4},
+    "default-distill": {"asymmetric": "residual", "refits": 2, "distill": 4},
 }
 
 
@@ -45,8 +46,9 @@ class Ablation(Bench):
         """`part` or `part+rotation`."""
         part, _, rotation = arm.partition("+")
         fields = ROTATIONS[rotation or "none"] | PARTS[part]
+        nsamples = self.options.nsamples * 3 // 4 if "distill" in fields else self.options.nsamples
         return Recipe(type=grid, embedding_type="f16", head_type="f16", calibration=str(self.calibration), seed=seed,
-                      nsamples=self.options.nsamples, seqlen=self.options.seqlen, **fields)
+                      nsamples=nsamples, seqlen=self.options.seqlen, **fields)
 
 
 def ratios(rows: list[dict]) -> dict:

@@ -89,8 +89,8 @@ ActOrder = Annotated[bool, typer.Option(help="Visit columns in order of falling 
 Asymmetric = Annotated[str | None, typer.Option(help="GPTQ makes up for errors made before: none, inputs, or residual "
                                                      "(the default: of the inputs and of the residual stream).")]
 Refits = Annotated[int, typer.Option(help="How often scales are fitted again once GPTQ has chosen codes.")]
-Distill = Annotated[int, typer.Option(help="Epochs in which scales, mins and norm gains learn from the float model, "
-                                           "codes fixed (0: none).")]
+Distill = Annotated[int, typer.Option(help="Epochs in which scales, mins and norm gains learn from the float model on "
+                                           "windows besides --nsamples, codes fixed (0: none).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it would take.")]
 VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
 

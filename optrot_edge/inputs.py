@@ -32,9 +32,10 @@ def check_windows(source, recipe: Recipe) -> None:
 
 
 def calibration_windows(source, recipe: Recipe, extra: int = 0):
-    """Calibration tokens [nsamples + extra, seqlen] (torch int64) and the SHA-256 of their text.
+    """Calibration tokens [nsamples + extra + fresh, seqlen] (torch int64) and the SHA-256 of their text.
 
-    The last `extra` windows are those that "auto" keeps apart.
+    After the recipe's `nsamples` come the `extra` windows that "auto" keeps apart and those that distillation learns
+    from: as many as `nsamples`, or what the text has left, at least an eighth of that.
     """
     import torch
 
@@ -49,11 +50,16 @@ def calibration_windows(source, recipe: Recipe, extra: int = 0):
     if max(ids, default=0) >= source.config.vocab_size:
         raise InputError("the tokenizer yields ids beyond the model's vocabulary; they do not belong together")
     try:
-        windows = sample_windows(ids, recipe.nsamples, recipe.seqlen, recipe.seed, bos, more=extra)
+        windows = sample_windows(ids, recipe.nsamples, recipe.seqlen, recipe.seed, bos, more=extra,
+                                 spare=recipe.nsamples if recipe.distill else 0)
     except InputError as error:
         if not extra:
             raise
         raise InputError(f"{error} (--rotation auto keeps {extra} of them apart to judge by)") from None
+    fresh, needed = len(windows) - recipe.nsamples - extra, max(2, recipe.nsamples // 8)
+    if recipe.distill and fresh < needed:
+        raise InputError(f"--distill learns from windows that were not calibrated on: the text has {fresh} left, and "
+                         f"{needed} are needed. Give a longer text (--calibration), or lower --nsamples")
     return torch.from_numpy(windows), text_hash(text)
 
 
@@ -88,9 +94,10 @@ class CalibrationInputs:
     @functools.cached_property
     def _windows(self):
         if self.recipe.calibration == "none":
-            return None, None, None
+            return None, None, None, None
         tokens, sha = calibration_windows(self.source, self.recipe, self.extra)
-        return tokens[:self.recipe.nsamples], tokens[self.recipe.nsamples:], sha
+        first, last = self.recipe.nsamples, self.recipe.nsamples + self.extra
+        return tokens[:first], tokens[first:last], tokens[last:], sha
 
     @property
     def tokens(self):
@@ -103,9 +110,14 @@ class CalibrationInputs:
         return self._windows[1]
 
     @property
+    def fresh(self):
+        """Windows [fresh, seqlen] to distil on; none without the recipe's `distill`."""
+        return self._windows[2]
+
+    @property
     def text_sha256(self) -> str | None:
         """SHA-256 of the calibration text."""
-        return self._windows[2]
+        return self._windows[3]
 
     @property
     def covariances(self):

@@ -134,10 +134,9 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
 def _distill(source, recipe: Recipe, inputs: CalibrationInputs, writer: CheckpointWriter, manifest: dict,
              progress: Progress) -> dict:
     """Let what is not codes learn from `source`; returns what the manifest says of it."""
-    from optrot_edge.quantize.asymmetric import held_out_count
-    from optrot_edge.quantize.distill import DistillOptions, distill
+    from optrot_edge.quantize.distill import HELD_OUT, DistillOptions, distill
 
-    report = distill(source, writer, manifest, inputs.tokens, held_out_count(len(inputs.tokens)),
+    report = distill(source, writer, manifest, inputs.fresh, max(1, len(inputs.fresh) // HELD_OUT),
                      DistillOptions(recipe.distill, seed=recipe.seed, device=inputs.device),
                      lambda done, total, kl: progress("distil", done, total, f"KL {kl:.4f}"))
     said = f"to {report['kl_after']:.4f}" if report["kept"] else "did not fall; nothing kept"

@@ -32,7 +32,8 @@ class Recipe:
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
     `asymmetric`: GPTQ makes up for errors made before, see `optrot_edge.quantize.asymmetric`; None: as far as it can.
     `refits`: how often scales are fitted again once GPTQ has chosen codes, see `optrot_edge.quantize.refit`.
-    `distill`: epochs in which what is not codes learns from the float model, see `optrot_edge.quantize.distill`.
+    `distill`: epochs in which what is not codes learns from the float model, see `optrot_edge.quantize.distill`; on
+    up to `nsamples` windows more.
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
@@ -84,9 +85,8 @@ class Recipe:
             raise InputError(f"--damp {self.damp}: a fraction between 0 and 1 is needed")
         if self.refits < 0:
             raise InputError(f"--refits {self.refits}: 0 or more is needed")
-        if self.distill < 0 or (self.distill and (self.calibration == "none" or self.nsamples < 2)):
-            raise InputError(f"--distill {self.distill}: 0 or more epochs, on at least two windows of calibration "
-                             "text (--calibration, --nsamples)")
+        if self.distill < 0 or (self.distill and self.calibration == "none"):
+            raise InputError(f"--distill {self.distill}: 0 or more epochs, on text (--calibration)")
         if self.nsamples < 1 or self.seqlen < 2:
             raise InputError("--nsamples must be at least 1 and --seqlen at least 2")
 

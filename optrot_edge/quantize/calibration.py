@@ -75,11 +75,12 @@ def _hub_text(source: str, split: str) -> str:
 
 
 def sample_windows(ids, nsamples: int, seqlen: int, seed: int, bos: int | None = None, *,
-                   more: int = 0) -> np.ndarray:
+                   more: int = 0, spare: int = 0) -> np.ndarray:
     """`nsamples` windows [nsamples, seqlen] (int64) at seeded random offsets of the token stream.
 
-    `more` windows follow these, drawn after them: they change nothing about the first `nsamples`. Windows do
-    not overlap; with `bos` every window starts with that token. Raises InputError when the text is too short.
+    `more` windows follow these, drawn after them, and then up to `spare`, as the text has them: each changes
+    nothing about those before. Windows do not overlap; with `bos` every window starts with that token. Raises
+    InputError when the text is too short.
     """
     ids = np.asarray(ids, dtype=np.int64)
     body = seqlen - (bos is not None)
@@ -90,8 +91,8 @@ def sample_windows(ids, nsamples: int, seqlen: int, seed: int, bos: int | None =
         raise InputError(f"the calibration text has {len(ids)} tokens, enough for {slots} windows of "
                          f"{seqlen}; {nsamples + more} were asked for. Give a longer text, or lower --nsamples")
     rng = np.random.default_rng(seed)
-    drawn = rng.permutation(slots)
-    chosen = np.concatenate([np.sort(drawn[:nsamples]), np.sort(drawn[nsamples:nsamples + more])])
+    drawn = np.split(rng.permutation(slots), np.cumsum([nsamples, more, spare]))
+    chosen = np.concatenate([np.sort(part) for part in drawn[:3]])
     windows = np.stack([ids[i * body:(i + 1) * body] for i in chosen])
     if bos is not None:
         windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)

@@ -1,9 +1,10 @@
 """Final distillation: what stays continuous after quantisation learns from the float model.
 
 The codes are fixed. Scales, mins, norm gains and biases (see `free_scales`) are trained by Adam on
-KL(float ‖ quantised) of the calibration windows, through the checkpoint's own embedding and head, which stay as they
-are. Weights always have the values that would be stored. After every epoch KL is measured on windows that are not
-trained on; the best state is kept, and nothing when KL does not fall.
+KL(float ‖ quantised) of windows that were not calibrated on, through the checkpoint's own embedding and head, which
+stay as they are. (GPTQ fits its own windows so closely that they teach nothing more.) Weights always have the values
+that would be stored. After every epoch KL is measured on windows that are not trained on either; the best state is
+kept, and nothing when KL does not fall.
 
 Memory: one decoder layer with its gradients and the activations of one batch in it, the residual stream of that batch
 before every layer, the float model's final hidden states (tokens × hidden × 4 bytes), three float32 for every stored
@@ -27,6 +28,7 @@ from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.quantize.free_scales import FreeTensor, Moves
 
+HELD_OUT = 8  # one window in so many only judges
 BETAS, EPSILON = (0.9, 0.95), 1e-16  # gradients below 1e-22 have no square in float32
 NORM = "norm.weight"
 
@@ -37,7 +39,7 @@ class DistillOptions:
     windows."""
 
     epochs: int = 2
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     batch_size: int = 4
     seed: int = 0
     device: str = "cpu"

@@ -14,12 +14,15 @@ from optrot_edge import pipeline
 from optrot_edge.checkpoint import CheckpointWriter, QuantizedCheckpoint, QuantizedTensor
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import decode_scales
+from optrot_edge.inputs import CalibrationInputs, calibration_windows
 from optrot_edge.models import forward, open_model
+from optrot_edge.quantize.calibration import load_text
 from optrot_edge.quantize.distill import DistillOptions, Student, _Distillation, distill
 from optrot_edge.quantize.free_scales import FreeTensor
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.recipe import Recipe
 from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
+from optrot_edge.runtime.text import open_tokenizer
 from tests.exporters.gguf_models import llama_logits, write_checkpoint
 from tests.road import FAST, save_model
 from tests.test_pipeline import decoded_logits, spread
@@ -169,12 +172,28 @@ def test_only_scales_change_and_held_out_kl_falls(body, model, tmp_path, text):
 
 
 def _held_out_kl(model, checkpoint, fields) -> float:
-    from optrot_edge.inputs import calibration_windows
-
     source = open_model(model)
-    tokens = calibration_windows(source, Recipe(**fields))[0][-2:]
+    tokens = calibration_windows(source, Recipe(**fields, distill=1))[0][-2:]
     want, got = (forward.logits(m, tokens).log_softmax(-1) for m in (source, DecodedCheckpoint(checkpoint)))
     return float(F.kl_div(got, want, log_target=True, reduction="none").sum(-1).mean())
+
+
+def test_distillation_takes_fresh_windows(model, text):
+    """Others than are calibrated and judged on, which stay the same; as many as the text has."""
+    source, fields = open_model(model), {**RECIPE, "calibration": text}
+    plain, fresh = (CalibrationInputs(source, Recipe(**fields, distill=epochs), "cpu", held_out=2)
+                    for epochs in (0, 1))
+    assert torch.equal(plain.tokens, fresh.tokens) and torch.equal(plain.held_out, fresh.held_out)
+    assert len(plain.fresh) == 0 and len(fresh.fresh) == 16
+    windows = {tuple(window.tolist()) for part in (fresh.tokens, fresh.held_out, fresh.fresh) for window in part}
+    assert len(windows) == 34
+    tokenizer = open_tokenizer(model)
+    slots = len(tokenizer.tokenize(load_text(text))) // fields["seqlen"]
+    tokenizer.close()
+    most = slots * 8 // 9
+    assert len(calibration_windows(source, Recipe(**{**fields, "nsamples": most}, distill=1))[0]) == slots
+    with pytest.raises(InputError, match="--distill learns from windows that were not calibrated on"):
+        calibration_windows(source, Recipe(**{**fields, "nsamples": most + 1}, distill=1))
 
 
 def test_the_same_bytes_twice(model, tmp_path, text):
@@ -212,8 +231,8 @@ def test_auto_distils_what_it_chose(model, tmp_path, text):
     assert manifest["distill"]["windows"] == 14 and manifest["auto"]["chosen"]
 
 
-@pytest.mark.parametrize("fields", [{"distill": -1}, {"distill": 1, "nsamples": 1},
-                                    {"distill": 1, "calibration": "none", "quantizer": "rtn", "rotation": "none"}])
+@pytest.mark.parametrize("fields", [{"distill": -1}, {"distill": 1, "calibration": "none", "quantizer": "rtn",
+                                                       "rotation": "none"}])
 def test_what_cannot_be_distilled_is_refused(fields):
     with pytest.raises(InputError, match="--distill"):
         Recipe(**fields)
