@@ -139,8 +139,8 @@ def _distill(source, recipe: Recipe, inputs: CalibrationInputs, writer: Checkpoi
     report = distill(source, writer, manifest, inputs.fresh, max(1, len(inputs.fresh) // HELD_OUT),
                      DistillOptions(recipe.distill, seed=recipe.seed, device=inputs.device),
                      lambda done, total, kl: progress("distil", done, total, f"KL {kl:.4f}"))
-    said = f"to {report['kl_after']:.4f}" if report["kept"] else "did not fall; nothing kept"
-    progress("distil", 1, 1, f"held-out KL {report['kl_before']:.4f} {said}")
+    progress("distil", 1, 1, f"held-out KL {report['kl_before']:.4f} to {report['kl_after']:.4f}" if report["kept"] else
+             "held-out KL did not fall; nothing kept")
     return report
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from optrot_edge.checkpoint import CheckpointWriter, QuantizedCheckpoint
+from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
@@ -105,13 +106,14 @@ class Student:
         return torch.from_numpy(self.checkpoint.weights("lm_head.weight")).to(dtype)
 
     def final_norm(self, dtype=torch.float32) -> torch.Tensor:
-        """Gain of the last norm after its moves."""
-        return self.tensor(NORM).weights(self.moves[NORM]).to(dtype)
+        """Gain of the last norm [hidden] after its moves, on the CPU."""
+        return self.tensor(NORM).weights(self.moves[NORM]).to("cpu", dtype)
 
     def update(self, name: str, gradient: Moves, step: int, rate: float) -> None:
         """One step of Adam (arXiv 1412.6980), the `step`-th from 1."""
-        zeros = {part: torch.zeros_like(g) for part, g in gradient.items()}
-        means, squares = self.moments.setdefault(name, (zeros, {part: z.clone() for part, z in zeros.items()}))
+        if name not in self.moments:
+            self.moments[name] = tuple({part: torch.zeros_like(g) for part, g in gradient.items()} for _ in range(2))
+        means, squares = self.moments[name]
         for part, g in gradient.items():
             mean = means[part].lerp_(g, 1 - BETAS[0])
             square = squares[part].lerp_(g.square(), 1 - BETAS[1])
@@ -165,7 +167,9 @@ class _Distillation:
             if found[-1] < best:
                 best = found[-1]
                 self.student.write(better)
-        return {"kl_before": before, "kl_after": best, "kept": best < before, "kl_epochs": found,
+        finite = lambda kl: kl if math.isfinite(kl) else None  # noqa: E731 - JSON has no NaN
+        return {"kl_before": finite(before), "kl_after": finite(best), "kept": best < before,
+                "kl_epochs": [finite(kl) for kl in found],
                 "windows": self.trained, "held_out": len(self.tokens) - self.trained,
                 "epochs": self.options.epochs, "learning_rate": self.options.learning_rate,
                 "batch_size": self.options.batch_size}
@@ -183,7 +187,7 @@ class _Distillation:
         mine = F.linear(hidden, self.head).log_softmax(-1)
         wanted = F.linear(aim.to(self.device), self.teacher_head).log_softmax(-1)
         p = wanted.exp()
-        return float((p * (wanted - mine)).sum(dtype=torch.float64)), mine.exp_().sub_(p)
+        return float((p * (wanted - mine)).sum(dtype=widest_float(p.device))), mine.exp_().sub_(p)
 
     def _step(self, windows: torch.Tensor, step: int, rate: float) -> float:
         gradients = self.gradients(windows)

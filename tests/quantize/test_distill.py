@@ -202,12 +202,15 @@ def test_the_same_bytes_twice(model, tmp_path, text):
     assert hashes(first) == hashes(second)
 
 
-def test_nothing_is_kept_when_kl_does_not_fall(tmp_path):
+@pytest.mark.parametrize("rate", [3.0, 1e30])
+def test_nothing_is_kept_when_kl_does_not_fall(rate, tmp_path):
     checkpoint = write_checkpoint(tmp_path, "llama", "q4_0")
     before, writer = hashes(checkpoint.path), Unfinished(checkpoint.path, checkpoint.manifest["tensors"])
     report = distill(open_model(tmp_path / "hf"), writer, checkpoint.manifest, random_tokens(6, 16), 2,
-                     DistillOptions(epochs=2, learning_rate=3.0))
-    assert not report["kept"] and report["kl_after"] == report["kl_before"] <= min(report["kl_epochs"])
+                     DistillOptions(epochs=2, learning_rate=rate))
+    assert not report["kept"] and report["kl_after"] == report["kl_before"]
+    assert all(kl is None or kl >= report["kl_before"] for kl in report["kl_epochs"])
+    assert (None in report["kl_epochs"]) == (rate > 1e9)
     assert hashes(checkpoint.path) == before
     assert not list(checkpoint.path.glob("distilled*"))
 
