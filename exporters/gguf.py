@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.exporters.gguf_blocks import pack
 from optrot_edge.exporters.gguf_plan import Plan, PlannedTensor, plan_gguf
 from optrot_edge.exporters.gguf_verify import verify_gguf
@@ -45,14 +45,14 @@ def export_gguf(checkpoint: QuantizedCheckpoint, out: str | Path, *, name: str |
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < plan.nbytes:
-            raise InputError(f"{out}: {plan.nbytes:,} bytes are needed and {free:,} are free; "
-                             "choose another disk or a smaller type")
+            raise StorageError(f"{out}: {plan.nbytes:,} bytes are needed and {free:,} are free; "
+                               "choose another disk or a smaller type")
         write_gguf(plan, checkpoint, partial, report)
         size = partial.stat().st_size
         verify_gguf(partial, checkpoint, plan, progress=report)
         os.replace(partial, out)
     except OSError as error:
-        raise InputError(f"{out} cannot be written: {error}") from error
+        raise StorageError(f"{out} cannot be written: {error}") from error
     finally:
         _remove(partial)
     return {"path": str(out), "bytes": size, "weights": plan.weights,

@@ -8,18 +8,20 @@ simplest wins.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from optrot_edge.checkpoint import MANIFEST, CheckpointWriter, QuantizedCheckpoint
+from optrot_edge.journal import remove_folder
 from optrot_edge.recipe import Recipe
+from optrot_edge.resume import ResumableWriter, WorkFolder
 
 HELD_OUT = 16  # windows that arms are judged on, at most an eighth of those calibrated on
 HOPELESS = 2.0  # a size penalty (as a factor of KL) that no measured rotation has made up for
+MEASURED = ("kl", "kl_se", "cost", "kl_windows")  # of an Arm
+FILLED = "filled"  # name of the note in an arm's journal: it is quantised
 
 
 @dataclass
@@ -75,30 +77,46 @@ def _shapes(source):
         yield from family.layer_shapes(config).values()
 
 
-def quantize_best(source, recipe: Recipe, inputs, writer: CheckpointWriter, stored_bits, fill, progress) -> dict:
-    """Quantise each arm under `writer.work`, judge it on `inputs.held_out`, keep the best there.
+def quantize_best(source, recipe: Recipe, inputs, writer: ResumableWriter, stored_bits, fill, polish,
+                  progress) -> tuple[WorkFolder, str]:
+    """Quantise each arm in a work folder of its own and judge it on `inputs.held_out`; returns the best one's folder,
+    complete, and the reason.
 
-    `fill(recipe, writer)` quantises by a recipe with an explicit rotation and returns the manifest. Returns
-    the best arm's, with what was measured under "auto".
+    `fill(recipe, folder)` quantises by a recipe with an explicit rotation and returns the manifest; what was measured
+    is added to the best one's, under "auto", before it goes through `polish(folder, manifest)`. Arms that an
+    interrupted run has judged are not made again.
     """
     arms = candidates(source, recipe, stored_bits)
-    best: Arm | None = None
+    journal, best = writer.first.journal, None
+
+    def make(arm: Arm) -> tuple[WorkFolder, dict]:
+        folder = writer.part(f"arm-{arms.index(arm)}")
+        if (manifest := folder.journal.about(FILLED)) is None:
+            manifest = fill(replace(recipe, rotation=arm.rotation, rotate=arm.rotate), folder)
+            folder.journal.note(FILLED, manifest)
+        folder.write_manifest(manifest)
+        return folder, manifest
+
     for index, arm in enumerate(arms):
         if arm.skipped:
             continue
-        folder = writer.work / f"arm-{index}"
         progress("arm", index, len(arms), arm.name)
-        with CheckpointWriter(folder) as inner:
-            inner.finish(fill(replace(recipe, rotation=arm.rotation, rotate=arm.rotate), inner))
-        _measure(arm, source, folder, inputs, progress)
+        if (measured := journal.about(f"arm-{index}")) is None:
+            _measure(arm, source, make(arm)[0].work, inputs, progress)
+            measured = {name: getattr(arm, name) for name in MEASURED}
+            journal.note(f"arm-{index}", measured)
+        for name, value in measured.items():
+            setattr(arm, name, value)
+        loser = arm
         if best is None or _beats(arm, best):
-            if best is not None:
-                shutil.rmtree(writer.work / "best")
-            folder.rename(writer.work / "best")
-            best = arm
-        else:
-            shutil.rmtree(folder)
-    return _adopt(writer, arms, best, recipe)
+            best, loser = arm, best
+        if loser is not None:
+            remove_folder(writer.work / f"arm-{arms.index(loser)}")
+    folder, manifest = make(best)
+    fields = manifest["recipe"] | {"rotation": recipe.rotation, "rotate": recipe.rotate}
+    manifest = manifest | {"recipe": fields, "auto": _summary(arms, best)}
+    folder.complete(polish(folder, manifest))
+    return folder, manifest["auto"]["why"]
 
 
 def _measure(arm: Arm, source, folder: Path, inputs, progress) -> None:
@@ -143,16 +161,8 @@ def explain(arms: list[Arm], best: Arm) -> str:
     return said + "".join(f"; {arm.name} not tried: {arm.skipped}" for arm in arms if arm.skipped)
 
 
-def _adopt(writer: CheckpointWriter, arms: list[Arm], best: Arm, recipe: Recipe) -> dict:
-    """Move the best arm's shards into `writer` and return its manifest, completed."""
-    folder = writer.work / "best"
-    manifest = QuantizedCheckpoint(folder).manifest
-    for path in folder.iterdir():
-        if path.name != MANIFEST:
-            path.rename(writer.work / path.name)
-    shutil.rmtree(folder)
-    writer.tensors = manifest.pop("tensors")
-    manifest["recipe"] |= {"rotation": recipe.rotation, "rotate": recipe.rotate}
+def _summary(arms: list[Arm], best: Arm) -> dict:
+    """What a manifest says of the choice."""
     rows = [{k: None if isinstance(v, float) and not np.isfinite(v) else v  # JSON has no NaN
              for k, v in asdict(arm).items() if k != "kl_windows"} for arm in arms]
-    return manifest | {"auto": {"chosen": best.name, "why": explain(arms, best), "arms": rows}}
+    return {"chosen": best.name, "why": explain(arms, best), "arms": rows}

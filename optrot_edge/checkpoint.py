@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,48 @@ class QuantizedTensor:
         return values.reshape(rows, columns)
 
 
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """InputError when a checkpoint cannot be put at `path`: it is taken, or by something else than a checkpoint."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{path} exists; choose another --out or pass --overwrite")
+    if not path.is_dir() or (not (path / MANIFEST).is_file() and any(path.iterdir())):
+        raise InputError(f"{path} is no checkpoint, and --overwrite replaces nothing else; choose another --out")
+
+
+Tensors = dict[str, QuantizedTensor | np.ndarray]
+
+
+def save_shard(path: Path, tensors: Tensors, file: str) -> dict[str, dict]:
+    """Write `tensors` to `path` and return their entries in a manifest, where the shard is called `file`."""
+    flat, entries = {}, {}
+    for name, tensor in tensors.items():
+        entry = {"file": file}
+        if isinstance(tensor, QuantizedTensor):
+            entry |= {"grid": tensor.spec.name, "shape": list(tensor.codes.shape)}
+            flat |= {f"{name}.{part}": array for part, array in tensor.parts().items()}
+        else:
+            entry |= {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
+            flat[name] = tensor
+        entries[name] = entry
+    flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
+    save_file(flat, path, metadata={"format": "np"})
+    return entries
+
+
+def read_shard(path: Path, entries: dict[str, dict]) -> Tensors:
+    """The tensors of a shard that `save_shard` wrote, by its `entries`."""
+    with safe_open(path, framework="np") as handle:
+        return {name: QuantizedCheckpoint._read(handle, name, entry) for name, entry in entries.items()}
+
+
+def manifest_text(manifest: dict, tensors: dict[str, dict]) -> str:
+    """The text of `optrot.json`; ValueError for NaN, which JSON has not."""
+    whole = {"format_version": FORMAT_VERSION, **manifest, "tensors": tensors}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+
+
 class CheckpointWriter:
     """Writes a checkpoint into a temporary folder beside `path`; `finish` renames it into place.
 
@@ -105,7 +148,7 @@ class CheckpointWriter:
 
     def __init__(self, path: str | Path, *, overwrite: bool = False):
         self.path = Path(path)
-        self._check_replaceable(overwrite)
+        check_replaceable(self.path, overwrite)
         beside = self.path.absolute()  # "." has no name to build on
         self.work = beside.with_name(beside.name + ".partial")
         self._replaced = beside.with_name(beside.name + ".replaced")
@@ -116,15 +159,6 @@ class CheckpointWriter:
         except OSError as error:
             raise InputError(f"cannot create {self.path}: {error.strerror}; choose another --out") from None
 
-    def _check_replaceable(self, overwrite: bool) -> None:
-        if not self.path.exists():
-            return
-        if not overwrite:
-            raise InputError(f"{self.path} exists; choose another --out or pass --overwrite")
-        if not self.path.is_dir() or (not (self.path / MANIFEST).is_file() and any(self.path.iterdir())):
-            raise InputError(f"{self.path} is no checkpoint, and --overwrite replaces nothing else; "
-                             "choose another --out")
-
     def __enter__(self) -> CheckpointWriter:
         return self
 
@@ -134,28 +168,26 @@ class CheckpointWriter:
             self._replaced.rename(self.path)  # stopped between the two renames of `finish`
         shutil.rmtree(self._replaced, ignore_errors=True)
 
-    def write_shard(self, shard: str, tensors: dict[str, QuantizedTensor | np.ndarray]) -> None:
-        """Write `tensors` as `shard`.safetensors."""
-        flat = {}
-        for name, tensor in tensors.items():
-            entry = {"file": f"{shard}.safetensors"}
-            if isinstance(tensor, QuantizedTensor):
-                entry |= {"grid": tensor.spec.name, "shape": list(tensor.codes.shape)}
-                flat |= {f"{name}.{part}": array for part, array in tensor.parts().items()}
-            else:
-                entry |= {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
-                flat[name] = tensor
-            self.tensors[name] = entry
-        flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
+    def kept(self, shard: str) -> None:
+        """What an interrupted run left of `shard`: nothing here, see `optrot_edge.resume.WorkFolder`."""
+
+    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None) -> None:
+        """Write `tensors` as `shard`.safetensors; `reports` on them are for writers that resume."""
+        file = f"{shard}.safetensors"
         try:
-            save_file(flat, self.work / f"{shard}.safetensors", metadata={"format": "np"})
+            self.tensors |= save_shard(self.work / file, tensors, file)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path} cannot be written: {error}") from None
 
+    def adopt(self, better: Path, note: str, about: dict) -> None:
+        """Put the shards of the folder `better` in the place of those of the same names; `note` is for writers that
+        resume."""
+        for path in sorted(better.glob("*.safetensors")):
+            path.replace(self.work / path.name)
+
     def finish(self, manifest: dict) -> Path:
         """Write the manifest and move the folder into place."""
-        manifest = {"format_version": FORMAT_VERSION, **manifest, "tensors": self.tensors}
-        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+        text = manifest_text(manifest, self.tensors)
         try:
             (self.work / MANIFEST).write_text(text, encoding="utf-8")
             if self.path.exists():
@@ -167,9 +199,9 @@ class CheckpointWriter:
 
 
 class NoWriter:
-    """Stands for a CheckpointWriter in the processes of a torchrun launch that write nothing."""
+    """Stands for the writer and its work folder in the processes of a torchrun launch that write nothing."""
 
-    work = None
+    work, is_complete = None, False
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -180,10 +212,30 @@ class NoWriter:
     def __exit__(self, *exc) -> None:
         pass
 
-    def write_shard(self, shard: str, tensors: dict) -> None:
+    def begin(self, settings: dict) -> NoWriter:
+        """The folder, which is this."""
+        return self
+
+    def kept(self, shard: str) -> None:
+        """Nothing: such a run is not resumed."""
+
+    def rotation(self, make):
+        """The rotation that `make()` returns, with what storing it does to it, as rank 0 has it."""
+        with tempfile.TemporaryDirectory() as folder:
+            rotation, path = make(), Path(folder) / "rotation.safetensors"
+            rotation.save(path)
+            return type(rotation).load(path)
+
+    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None) -> None:
         """Nothing."""
 
-    def finish(self, manifest: dict) -> Path:
+    def save_tokenizer(self, source) -> None:
+        """Nothing."""
+
+    def complete(self, manifest: dict) -> None:
+        """Nothing."""
+
+    def finish(self, folder: NoWriter) -> Path:
         """Where rank 0 writes."""
         return self.path
 

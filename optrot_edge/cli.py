@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -16,10 +17,11 @@ import typer
 from rich.console import Console
 
 from optrot_edge.budget import parse_bytes
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import DEFAULT_TYPE
+from optrot_edge.stopping import stoppable, what_is_kept
 from optrot_edge.tensor_types import PRESETS
 from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
 
@@ -39,6 +41,8 @@ def main_options(debug: Annotated[bool, typer.Option("--debug", help="Show the t
 
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or a GGUF file.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget an unfinished run; without this the same command "
+                                                         "goes on where that was stopped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -125,6 +129,7 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            device: Device = "auto",
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
            vocab_from: VocabFrom = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+           restart: Restart = False,
            quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
     """Rotate, quantise and package MODEL in one step (or package a checkpoint)."""
     from optrot_edge import pipeline
@@ -135,8 +140,9 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
         fields = given if pipeline.is_checkpoint(model) else fields
         if dry_run:
             return _emit(pipeline.plan(model, format=format, vocab_from=vocab_from, **fields), print_plan)
-        result = pipeline.export(model, out, format=format, overwrite=overwrite, checkpoint=checkpoint,
-                                 vocab_from=vocab_from, progress=reporter.update, **fields)
+        with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):
+            result = pipeline.export(model, out, format=format, overwrite=overwrite, restart=restart,
+                                     checkpoint=checkpoint, vocab_from=vocab_from, progress=reporter.update, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
 
 
@@ -151,8 +157,8 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
              quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
              seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True,
              asymmetric: Asymmetric = None, refits: Refits = 2, distill: Distill = 0, seed: Seed = 0,
-             device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False, quiet: Quiet = False,
-             json: Json = False, ctx: typer.Context = None):
+             device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False, restart: Restart = False,
+             quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
     """Rotate and quantise MODEL into a checkpoint that `export` packages.
 
     With several GPUs: torchrun --nproc-per-node N -m optrot_edge quantize MODEL --rotation optrot
@@ -164,12 +170,16 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
         fields = _recipe_fields(ctx)
         if dry_run:
             return _emit(pipeline.plan(model, **fields), print_plan)
-        path = pipeline.quantize(model, out, overwrite=overwrite, progress=reporter.update, **fields)
+        with stoppable(out):
+            began = time.perf_counter()
+            path = pipeline.quantize(model, out, overwrite=overwrite, restart=restart, progress=reporter.update,
+                                     **fields)
+            seconds = round(time.perf_counter() - began, 1)
     if process_rank():
         return  # rank 0 of a torchrun launch reports
     from optrot_edge.inspect import inspect_path
 
-    _emit(inspect_path(path), print_inspection)
+    _emit(inspect_path(path) | {"seconds": seconds}, print_inspection)
 
 
 @app.command()
@@ -300,13 +310,13 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(error, "format_message"):  # click's usage errors
             _fail((error.format_message() or "no command given") + " (see --help)", 2)
         if isinstance(error, InputError):
-            _fail(str(error), 2)
+            _fail(str(error) + (what_is_kept() if isinstance(error, StorageError) else ""), 2)
         if isinstance(error, OSError) and error.filename is not None:
             _fail(f"{error.filename}: {error.strerror}", 2)
-        _fail(f"internal failure: {type(error).__name__}: {error} (--debug shows where)", 1)
+        _fail(f"internal failure: {type(error).__name__}: {error} (--debug shows where)" + what_is_kept(), 1)
     if code == 130:
         exec("")  # forgets an interrupt inside another exec: `python -m` would die of it instead of exiting with 130
-        _fail("interrupted; nothing half-written was left behind", 130)
+        _fail("interrupted" + (what_is_kept() or "; nothing half-written was left behind"), 130)
     sys.exit(code or 0)
 
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from optrot_edge.errors import InputError
+from optrot_edge.journal import sha256
 from optrot_edge.recipe import Recipe
 
 SENSITIVITY_TOKENS = 2048
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def check_windows(source, recipe: Recipe) -> None:
@@ -160,7 +154,7 @@ class CalibrationInputs:
         from optrot_edge.quantize.costs import kept_costs, measure_costs
 
         recipe = self.recipe
-        key = {"model": sorted(hash_file(path) for path in self.source.files), "text": self.text_sha256,
+        key = {"model": sorted(sha256(path) for path in self.source.files), "text": self.text_sha256,
                **{name: getattr(recipe, name) for name in ("nsamples", "seqlen", "seed", "damp", "grid")}}
         return kept_costs(key, lambda: measure_costs(
             self.source, self, progress=lambda done, total: self.progress("cost of types", done, total, "")))

@@ -66,7 +66,7 @@ def _describe_checkpoint(path: Path, manifest: dict) -> dict:
             "notes": manifest.get("notes", []), "warnings": manifest.get("warnings", []),
             "damping_escalations": sum(r.get("damp_escalations", 0) for r in manifest["errors"].values()),
             "worse_than_rtn": [name for name, r in manifest["errors"].items() if r.get("worse_than_rtn")],
-            "seconds": manifest["seconds"], "layers_snr_db": _layers(manifest)}
+            "layers_snr_db": _layers(manifest)}
 
 
 def _layers(manifest: dict) -> list[dict]:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
-from optrot_edge.checkpoint import (
-    FLOAT_TYPES,
-    GGUF_GRIDS,
-    CheckpointWriter,
-    NoWriter,
-    QuantizedCheckpoint,
-    chosen_by_auto,
-)
+from optrot_edge.checkpoint import FLOAT_TYPES, GGUF_GRIDS, NoWriter, QuantizedCheckpoint, chosen_by_auto
 from optrot_edge.errors import InputError
-from optrot_edge.inputs import CalibrationInputs, Progress, check_windows, hash_file
+from optrot_edge.fingerprint import fingerprint, shaping_fields
+from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
+from optrot_edge.journal import remove_folder
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import Recipe
+from optrot_edge.resume import ResumableWriter, WorkFolder, package, was_packaged
 from optrot_edge.rotating import (
     make_rotation,
     needs_learn,
@@ -30,7 +23,6 @@ from optrot_edge.rotating import (
     resolve_device,
     rotate,
     starting_point,
-    versions,
 )
 from optrot_edge.tensor_types import parse_overrides, tensor_types
 
@@ -38,21 +30,26 @@ FORMATS = ("gguf",)
 __all__ = ["evaluate", "export", "plan", "prepare_output", "quantize", "rotate", "write_reference"]
 
 
-def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = quiet,
-             rotation=None, **fields) -> Path:
+def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, restart: bool = False,
+             progress: Progress = quiet, rotation=None, **fields) -> Path:
     """Rotate and quantise `model` into the checkpoint folder `out`; `fields` are Recipe's.
 
-    `rotation` may also be a Rotation made before. Raises InputError on bad input; nothing is left
-    behind then. Warns of numerical trouble that the result has, which the manifest keeps under "warnings".
-    Under torchrun the processes share the work and only rank 0 writes.
+    `rotation` may also be a Rotation made before. A run that was stopped, however, goes on where it was when it is
+    started again, and gives the same bytes; `restart` forgets it. Raises InputError on bad input, where a first run
+    leaves nothing behind, and on a stopped run of other settings or inputs. Warns of numerical trouble that the result
+    has, which the manifest keeps under "warnings". Under torchrun the processes share the work and only rank 0 writes.
     """
+    source, recipe, rotation = _opened(model, rotation, fields, progress)
+    with _writer(Path(out), overwrite, restart) as writer:
+        return writer.finish(_quantize_into(writer, source, recipe, rotation, progress))
+
+
+def _opened(model, rotation, fields: dict, progress: Progress) -> tuple:
+    """The open model, the Recipe and the Rotation made before, if one is given, of `quantize`'s arguments."""
     needs_learn()
-    from optrot_edge.auto import held_out_windows, quantize_best
     from optrot_edge.models import open_model
     from optrot_edge.plan import check_widths
-    from optrot_edge.rotations.distributed import local_device
 
-    started = time.perf_counter()
     if isinstance(rotation, str | Path):
         fields["rotation"], rotation = rotation, None
     elif rotation is not None:
@@ -61,29 +58,51 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
     source = open_model(model)
     for note in check_widths(source, recipe):
         progress("types", 1, 1, note)
+    if process_count() > 1:
+        _refuse_processes(recipe, rotation is None and recipe.rotation == "auto")
+    return source, recipe, rotation
+
+
+def _writer(out: Path, overwrite: bool, restart: bool, *, temporary: bool = False):
+    """Where a process writes its checkpoint: of a torchrun launch only rank 0 does, and such a run is not resumed."""
+    if process_rank():
+        return NoWriter(out)
+    return ResumableWriter(out, overwrite=overwrite, restart=restart, temporary=temporary, resume=process_count() == 1)
+
+
+def _quantize_into(writer, source, recipe: Recipe, rotation, progress: Progress) -> WorkFolder | NoWriter:
+    """Quantise an open model into the work folder of `writer`, or finish what is there; returns the complete one."""
+    from optrot_edge.auto import held_out_windows, quantize_best
+    from optrot_edge.rotations.distributed import local_device
+
     device = local_device(resolve_device(recipe.device))
     choose = rotation is None and recipe.rotation == "auto"
-    if process_count() > 1:
-        _refuse_processes(recipe, choose)
-    with NoWriter(out) if process_rank() else CheckpointWriter(out, overwrite=overwrite) as writer, CalibrationInputs(
-            source, recipe, device, writer.work, held_out=held_out_windows(recipe) if choose else 0,
-            progress=progress) as inputs:
+    with CalibrationInputs(source, recipe, device, held_out=held_out_windows(recipe) if choose else 0,
+                           progress=progress) as inputs:
+        settings = fingerprint(source, recipe, device, inputs.text_sha256, rotation)
+        folder = writer.begin(settings)
+        inputs.folder = folder.work
+        if folder.is_complete:
+            return folder
 
-        def fill(recipe: Recipe, writer: CheckpointWriter, made=None) -> dict:
-            made = made or make_rotation(source, recipe, progress, inputs=inputs)
-            return _fill(source, made, recipe, inputs, writer, progress)
+        def fill(recipe: Recipe, folder: WorkFolder) -> dict:
+            made = folder.rotation(lambda: rotation or make_rotation(source, recipe, progress, inputs=inputs))
+            return _fill(source, made, recipe, inputs, folder, settings, progress)
+
+        def polish(folder: WorkFolder, manifest: dict) -> dict:
+            if recipe.distill:
+                manifest = manifest | {"distill": _distill(source, recipe, inputs, folder, manifest, progress)}
+            for said in manifest["warnings"]:
+                warnings.warn(said, stacklevel=4)  # whoever called `quantize` or `export`
+            return manifest
 
         if choose:
-            manifest = quantize_best(source, recipe, inputs, writer, _stored_bits(source, recipe), fill, progress)
-            progress("choose", 1, 1, manifest["auto"]["why"])
+            folder, why = quantize_best(source, recipe, inputs, writer, _stored_bits(source, recipe), fill, polish,
+                                        progress)
+            progress("choose", 1, 1, why)
         else:
-            manifest = fill(recipe, writer, rotation)
-        if recipe.distill:
-            manifest |= {"distill": _distill(source, recipe, inputs, writer, manifest, progress)}
-        inputs.close()  # what it keeps lies in the folder that becomes the checkpoint
-        for said in manifest["warnings"]:
-            warnings.warn(said, stacklevel=2)
-        return writer.finish(manifest | {"seconds": round(time.perf_counter() - started, 1)})
+            folder.complete(polish(folder, fill(recipe, folder)))
+        return folder
 
 
 def _refuse_processes(recipe: Recipe, choose: bool) -> None:
@@ -104,9 +123,9 @@ def _stored_bits(source, recipe: Recipe):
         recipe, rotation=arm.rotation, rotate=arm.rotate)), recipe)
 
 
-def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: CheckpointWriter,
+def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, folder: WorkFolder, settings: dict,
           progress: Progress) -> dict:
-    """Quantise `source` under `rotation` into `writer`; returns the manifest."""
+    """Quantise `source` under `rotation` into `folder`; returns the manifest."""
     from optrot_edge.plan import check_widths
     from optrot_edge.quantize.numerics import warnings_of
     from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
@@ -118,59 +137,64 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, writer: C
     options = QuantizerOptions(types, recipe.quantizer, recipe.damp, recipe.act_order, recipe.asymmetric,
                                recipe.refits, device=inputs.device)
     quantizer = SequentialQuantizer(rotated, options, inputs.tokens)
-    quantizer.run(writer, lambda done, total, worst: progress(
+    quantizer.run(folder, lambda done, total, worst: progress(
         "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))
-    if process_rank():
-        return {"warnings": []}
-    source.save_tokenizer(writer.work / "tokenizer")
+    folder.save_tokenizer(source)
     return {"model": rotated.config.to_dict(), "rotation": rotation.describe(),
-            "recipe": dataclasses.asdict(recipe) | {"device": inputs.device}, "seed": recipe.seed,
-            "calibration_sha256": inputs.text_sha256, "versions": versions(),
-            "inputs": {path.name: hash_file(path) for path in source.files}, "errors": quantizer.reports,
-            "expected_kl": expected, "notes": check_widths(source, recipe, rotated.config, chosen),
+            "recipe": shaping_fields(recipe, inputs.device), "seed": recipe.seed,
+            "calibration_sha256": settings["text"], "versions": settings["versions"],
+            "inputs": settings["files"], "errors": quantizer.reports, "expected_kl": expected,
+            "notes": check_widths(source, recipe, rotated.config, chosen),
             "warnings": warnings_of(quantizer.reports)}
 
 
-def _distill(source, recipe: Recipe, inputs: CalibrationInputs, writer: CheckpointWriter, manifest: dict,
+def _distill(source, recipe: Recipe, inputs: CalibrationInputs, folder: WorkFolder, manifest: dict,
              progress: Progress) -> dict:
-    """Let what is not codes learn from `source`; returns what the manifest says of it."""
-    from optrot_edge.quantize.distill import HELD_OUT, DistillOptions, distill
+    """Let what is not codes learn from `source`, unless a stopped run has; returns what the manifest says of it."""
+    from optrot_edge.quantize.distill import HELD_OUT, NOTE, DistillOptions, distill
 
-    report = distill(source, writer, manifest, inputs.fresh, max(1, len(inputs.fresh) // HELD_OUT),
+    remove_folder(folder.work / f"{NOTE}.partial")
+    if (report := folder.journal.about(NOTE)) is not None:
+        return report
+    report = distill(source, folder, manifest, inputs.fresh, max(1, len(inputs.fresh) // HELD_OUT),
                      DistillOptions(recipe.distill, seed=recipe.seed, device=inputs.device),
                      lambda done, total, kl: progress("distil", done, total, f"KL {kl:.4f}"))
     progress("distil", 1, 1, f"held-out KL {report['kl_before']:.4f} to {report['kl_after']:.4f}" if report["kept"] else
              "held-out KL did not fall; nothing kept")
+    if not report["kept"]:
+        folder.journal.note(NOTE, report)
     return report
 
 
 def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrite: bool = False,
-           checkpoint: str | Path | None = None, vocab_from: str | Path | None = None,
+           restart: bool = False, checkpoint: str | Path | None = None, vocab_from: str | Path | None = None,
            progress: Progress = quiet, **fields) -> dict:
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
-    With a model, `fields` are Recipe's and `checkpoint` keeps the intermediate checkpoint there; `target_size`
-    is then the size of the whole file. Under torchrun only rank 0 writes; the other processes get an empty summary.
+    With a model, `fields` are Recipe's, `checkpoint` keeps the intermediate checkpoint there, `target_size` is the size
+    of the whole file, and a run that was stopped goes on when it is started again (see `quantize`). Under torchrun only
+    rank 0 writes; the other processes get an empty summary.
     """
     out = Path(out)
     _check_export(model, format, fields)
+    place = out.with_name(out.name + ".checkpoint") if checkpoint is None else Path(checkpoint)
     if process_rank():  # of a torchrun launch: rank 0 packages what all have quantised
         if not is_checkpoint(model):
-            quantize(model, out, **fields)
+            quantize(model, place, **fields)
         return {}
-    prepare_output(out, overwrite)
+    prepare_output(out, overwrite or was_packaged(place, out))
     if is_checkpoint(model):
         return _export_gguf(model, out, overwrite, vocab_from, progress)
     needs_learn()
     _refuse_for_gguf(model, Recipe(**fields), vocab_from)
     fields = _without_metadata(model, fields, vocab_from)
-    with contextlib.ExitStack() as stack:
-        if checkpoint is None:
-            work = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-            stack.callback(shutil.rmtree, work, ignore_errors=True)
-            checkpoint = Path(work) / "checkpoint"
-        quantize(model, checkpoint, overwrite=overwrite, progress=progress, **fields)
-        return _export_gguf(checkpoint, out, overwrite, vocab_from, progress)
+    source, recipe, rotation = _opened(model, None, fields, progress)
+    with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
+        folder = _quantize_into(writer, source, recipe, rotation, progress)
+        if checkpoint is not None:
+            writer.finish(folder)
+        return package(folder, out, vocab_from, lambda path: _export_gguf(
+            folder.work, path, True, vocab_from, progress))
 
 
 def plan(model: str | Path, *, format: str | None = None, vocab_from: str | Path | None = None, **fields) -> dict:

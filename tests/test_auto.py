@@ -173,15 +173,26 @@ STAGES = [("arm", 0), ("arm", 1), ("quantise layers", 1), ("judge", 1), ("collec
 
 @pytest.mark.parametrize(("stage", "at"), STAGES)
 @pytest.mark.parametrize("command", ["quantize", "export"])
-def test_nothing_is_left_after_a_failure(command, stage, at, models, text, tmp_path):
+def test_an_interrupt_keeps_what_is_finished(command, stage, at, models, made, text, tmp_path):
+    """The same call goes on, repeats no arm that was judged, and gives what an undisturbed one gives."""
     def fail(name, done, total, note):
         if (name, done) == (stage, at):
             assert list(tmp_path.iterdir())  # something temporary is there
             raise KeyboardInterrupt
 
+    run, calls = getattr(pipeline, command), []
     with pytest.raises(KeyboardInterrupt):
-        getattr(pipeline, command)(models["tied"], tmp_path / "out", calibration=text, progress=fail, **FAST)
-    assert list(tmp_path.iterdir()) == []
+        run(models["tied"], tmp_path / "out", calibration=text, progress=fail, **FAST)
+    work = {"quantize": "out.partial", "export": "out.checkpoint.partial"}[command]
+    assert [path.name for path in tmp_path.iterdir()] == ([] if (stage, at) == ("arm", 0) else [work])
+    run(models["tied"], tmp_path / "out", calibration=text, progress=lambda *call: calls.append(call[0]), **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert ("judge" in calls) == (stage != "choose")
+    if command == "quantize":
+        same = {path.relative_to(made[0]["tied"]): path.read_bytes()
+                for path in made[0]["tied"].rglob("*") if path.is_file()}
+        assert same == {path.relative_to(tmp_path / "out"): path.read_bytes()
+                        for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
 def test_an_arm_that_fails_says_why_and_leaves_nothing(models, tmp_path, text):

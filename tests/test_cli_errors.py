@@ -251,13 +251,15 @@ def test_full_disk(command, files, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and "out" in line and "cannot" in line, done.stderr
-    assert left(tmp_path) == []
+    kept = {"quantize": ["out.partial"], "export": ["out.checkpoint.partial"]}.get(command, [])  # what had room
+    assert left(tmp_path) == kept and ("the same command continues" in line) == bool(kept)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["quantize", "export", "rotate"])
-def test_interrupt(command, tmp_path):
-    """Ctrl-C once the work is under way (a temporary folder or the progress line shows it)."""
+@pytest.mark.parametrize(("command", "sent"), [("quantize", signal.SIGINT), ("export", signal.SIGTERM),
+                                               ("rotate", signal.SIGINT)])
+def test_interrupt(command, sent, tmp_path):
+    """Ctrl-C or SIGTERM once the work is under way (a temporary folder or the progress line shows it)."""
     model = save_model(tmp_path / "model", "tinyllama")
     out = tmp_path / "place"
     out.mkdir()
@@ -269,13 +271,42 @@ def test_interrupt(command, tmp_path):
                                env={**os.environ, "FORCE_COLOR": "1", "TTY_INTERACTIVE": "1"})
     try:
         seen = wait_for_work(process, out, command)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, err
     assert "interrupted" in seen + err and "Traceback" not in err
-    assert left(out) == []
+    if "is kept in" in err:  # with auto an arm may be finished by then
+        assert "the same command continues" in err and left(out)[0].endswith(".partial")
+    else:
+        assert left(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "sent"), [("quantize", signal.SIGTERM), ("export", signal.SIGINT)])
+def test_an_interrupt_with_layers_finished(command, sent, tmp_path):
+    """They are kept, the message says so, and the same command continues."""
+    model, out = save_model(tmp_path / "model", "tinyllama"), tmp_path / "place"
+    out.mkdir()
+    arguments = [command, model, "--out", out / "x", "--nsamples", "64", "--seqlen", "200", "--rotation", "none",
+                 "--calibration", write_text(tmp_path / "t.txt", 40)]
+    process = subprocess.Popen([sys.executable, "-m", "optrot_edge", *map(str, arguments)], stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not list(out.glob("*.partial/layer-00000.safetensors")):
+            time.sleep(0.01)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    [work] = left(out)
+    assert f"interrupted; what is finished is kept in {out / work}, and the same command continues" in err
+    done = child(*arguments, "--json")
+    assert done.returncode == 0 and left(out) == ["x"], done.stderr
+    refused = child(*arguments)
+    assert refused.returncode == 2 and "exists" in refused.stderr
 
 
 def test_interrupt_while_python_runs_a_string(tmp_path):

@@ -274,7 +274,8 @@ def test_paths_may_be_path_objects(model, tmp_path, text):
 
 @pytest.mark.parametrize("stage", ["learn rotation", "quantise layers", "write and verify"])
 @pytest.mark.parametrize("last", [False, True])
-def test_an_interrupt_at_any_stage_leaves_nothing(stage, last, model, tmp_path, text):
+def test_an_interrupt_at_any_stage(stage, last, model, tmp_path, text):
+    """Nothing is left before anything is finished; later the work folder is, with which the same call goes on."""
     (tmp_path / "m.gguf").write_bytes(b"mine")
 
     def interrupt(name, done, total, note):
@@ -282,8 +283,13 @@ def test_an_interrupt_at_any_stage_leaves_nothing(stage, last, model, tmp_path, 
             assert len(list(tmp_path.iterdir())) > 1  # something temporary is there
             raise KeyboardInterrupt
 
+    fields = {"overwrite": True, "calibration": text, "rotation": "optrot", **FAST}
     with pytest.raises(KeyboardInterrupt):
-        pipeline.export(model("llama"), tmp_path / "m.gguf", overwrite=True, progress=interrupt, calibration=text,
-                        **FAST)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+        pipeline.export(model("llama"), tmp_path / "m.gguf", progress=interrupt, **fields)
+    kept = [] if stage == "learn rotation" else ["m.gguf.checkpoint.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", *kept]
     assert (tmp_path / "m.gguf").read_bytes() == b"mine"
+    pipeline.export(model("llama"), tmp_path / "m.gguf", **fields)
+    pipeline.export(model("llama"), tmp_path / "undisturbed.gguf", **fields)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "undisturbed.gguf"]
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "undisturbed.gguf").read_bytes()

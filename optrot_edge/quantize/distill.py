@@ -14,7 +14,6 @@ scale, and both heads.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,6 +31,7 @@ from optrot_edge.quantize.free_scales import FreeTensor, Moves
 HELD_OUT = 8  # one window in so many only judges
 BETAS, EPSILON = (0.9, 0.95), 1e-16  # gradients below 1e-22 have no square in float32
 NORM = "norm.weight"
+NOTE = "distilled"  # the journal's, and the name of the folder that the new shards are made in
 
 
 @dataclass
@@ -59,11 +59,10 @@ def distill(source, writer: CheckpointWriter, manifest: dict, tokens: torch.Tens
         raise InputError(f"distillation of {len(tokens)} windows, {held_out} of them held out, leaves none to train on")
     checkpoint = QuantizedCheckpoint.unfinished(writer, manifest)
     run = _Distillation(source, Student(checkpoint, options.device), tokens, held_out, options)
-    with CheckpointWriter(writer.work / "distilled") as better:
+    with CheckpointWriter(writer.work / NOTE) as better:
         report = run.train(better, progress or (lambda *_: None))
         if report["kept"]:
-            for path in sorted(better.work.glob("*.safetensors")):
-                os.replace(path, writer.work / path.name)
+            writer.adopt(better.work, NOTE, report)
     return report
 
 

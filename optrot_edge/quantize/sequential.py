@@ -82,6 +82,7 @@ class SequentialQuantizer:
         self.source = getattr(model, "source", model)
         self.device = options.device
         self.reports: dict[str, dict] = {}
+        self._entered = 0  # reports that are in a shard's entry
         self.tokens = tokens
         self._stream = self._float_stream = None
         self._held_out, self._judges = 0, False
@@ -92,23 +93,55 @@ class SequentialQuantizer:
             raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
 
     def run(self, writer: CheckpointWriter, progress: Callable[[int, int, float], None] | None = None) -> None:
-        """Write every tensor; `progress(done, layers, worst_snr_db)` after each layer."""
-        embedding, start = self.model.embedding(torch.float32), None
-        if not self.config.tie_word_embeddings:
-            stored = self._quantize_plain("embed_tokens", embedding)
-            writer.write_shard("embedding", {"embed_tokens.weight": stored})
-            start = torch.from_numpy(stored.decode() if isinstance(stored, QuantizedTensor) else stored).float()
-            del stored
-        if self.tokens is not None:
-            self._start(embedding, start)
-        del embedding, start
+        """Write every tensor; `progress(done, layers, worst_snr_db)` after each layer.
+
+        Shards that `writer` kept of an interrupted run are not made again: the streams run through their weights
+        by the same operations, so that what follows gets the same bits.
+        """
+        self._write_embedding(writer)
         for index in range(self.config.num_hidden_layers):
-            writer.write_shard(f"layer-{index:05d}", self._quantize_layer(index))
+            self._write_layer(writer, index)
             if progress:
                 rows = [r["snr_db"] for n, r in self.reports.items()
                         if n.startswith(f"layers.{index}.") and r["snr_db"] is not None]
                 progress(index + 1, self.config.num_hidden_layers, min(rows, default=float("inf")))
-        writer.write_shard("head", self._quantize_head())
+        if not self._was_kept(writer, "head"):
+            self._commit(writer, "head", self._quantize_head())
+
+    def _write_embedding(self, writer) -> None:
+        """Quantise an untied embedding, and start the streams if any layer needs them."""
+        finished = writer.kept("head") is not None
+        embedding, start = None if finished else self.model.embedding(torch.float32), None
+        if not self.config.tie_word_embeddings:
+            if self._was_kept(writer, "embedding"):
+                stored = None if finished else writer.read("embedding")["embed_tokens.weight"]
+            else:
+                stored = self._quantize_plain("embed_tokens", embedding)
+                self._commit(writer, "embedding", {"embed_tokens.weight": stored})
+            if not finished:
+                start = torch.from_numpy(stored.decode() if isinstance(stored, QuantizedTensor) else stored).float()
+        if self.tokens is not None and not finished:
+            self._start(embedding, start)
+
+    def _write_layer(self, writer, index: int) -> None:
+        shard = f"layer-{index:05d}"
+        if not self._was_kept(writer, shard):
+            self._commit(writer, shard, self._quantize_layer(index))
+        elif self._stream is not None:
+            self._quantize_layer(index, writer.read(shard))
+
+    def _was_kept(self, writer, shard: str) -> bool:
+        """Whether an interrupted run finished `shard`; its reports are taken over then."""
+        reports = writer.kept(shard)
+        if reports is not None:
+            self.reports |= reports
+            self._entered = len(self.reports)
+        return reports is not None
+
+    def _commit(self, writer, shard: str, tensors: dict) -> None:
+        """Write `shard` with the reports on its tensors."""
+        writer.write_shard(shard, tensors, dict(list(self.reports.items())[self._entered:]))
+        self._entered = len(self.reports)
 
     def _start(self, embedding: torch.Tensor, stored: torch.Tensor | None) -> None:
         """Residual streams before the first layer: as the package has it and, for asymmetric calibration, the float
@@ -164,7 +197,8 @@ class SequentialQuantizer:
         return once
 
     @torch.no_grad()
-    def _quantize_layer(self, index: int) -> dict:
+    def _quantize_layer(self, index: int, kept: dict | None = None) -> dict:
+        """Quantise a layer, or use its tensors `kept` from an interrupted run, and bring the streams behind it."""
         out = {}
         layer = {k: v.to(self.device) for k, v in self.model.layer(index).items()}
         prefix = f"layers.{index}."
@@ -179,22 +213,32 @@ class SequentialQuantizer:
             name, writes = names[0], names[0] in ("o_proj", "down_proj")
             width = layer[f"{name}.weight"].shape[1]
             inputs, float_inputs = reads[name], None if aims is None else aims[name]
-            if writes:  # read again below
-                inputs = self._remembered(inputs, width)
-                float_inputs = None if aims is None else self._remembered(float_inputs, width)
-            moments = self._observe(inputs, float_inputs, width, writes)
-            with naming(", ".join(prefix + name for name in names)):
-                if not all(one.finite for one in moments):
-                    refuse_overflow(layer, index, self.source)
-                stored = self._quantize_linears(prefix, layer, names, moments)
-            out |= {f"{prefix}{name}.weight": tensor for name, tensor in stored.items()}
-            if writes and moments:
+            if kept is not None:
+                self._use_kept(kept, prefix, layer, names)
+            else:
+                if writes:  # read again below
+                    inputs = self._remembered(inputs, width)
+                    float_inputs = None if aims is None else self._remembered(float_inputs, width)
+                moments = self._observe(inputs, float_inputs, width, writes)
+                with naming(", ".join(prefix + name for name in names)):
+                    if not all(one.finite for one in moments):
+                        refuse_overflow(layer, index, self.source)
+                    stored = self._quantize_linears(prefix, layer, names, moments)
+                out |= {f"{prefix}{name}.weight": tensor for name, tensor in stored.items()}
+            if writes and self._stream is not None:
                 peak = self._advance(name, inputs, layer, float_inputs, original)
                 if not peak < STREAM_LIMIT:
                     with naming(f"output of {prefix}{name}"):
                         refuse_overflow(layer, index, self.source)
                 self.reports.get(prefix + name, {})["stream_peak"] = peak
         return out
+
+    def _use_kept(self, kept: dict, prefix: str, layer: dict, names) -> None:
+        """Update `layer` as `_quantize_linears` does, with the decoded weights of tensors that were kept."""
+        for name in names:
+            tensor = kept[f"{prefix}{name}.weight"]
+            if isinstance(tensor, QuantizedTensor):  # floats are stored in less precision than the streams see
+                layer[f"{name}.weight"] = torch.from_numpy(tensor.decode()).to(self.device)
 
     def _advance(self, name: str, inputs: Callable, layer: dict, float_inputs: Callable | None,
                  original: dict | None) -> float:
