@@ -159,6 +159,9 @@ class WholeModel(StreamedModel):
     def lm_head(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.embedding(dtype)
 
+    def chunks(self, name: str, dtype: torch.dtype = torch.float32):
+        return self.embedding(dtype).split(8192)
+
 
 def layer_times(device: str) -> list[dict]:
     """Calibration and GPTQ of 8 layers of Llama-3.1-8B's shape on Q4_0, scaled to its 32; a small vocabulary."""

@@ -8,7 +8,6 @@ is spent on the best exchanges that still fit.
 
 from __future__ import annotations
 
-import re
 from math import prod
 
 from optrot_edge.errors import InputError
@@ -21,15 +20,6 @@ FLOAT_BITS = {"f32": 32.0, "f16": 16.0}
 def bits_of(kind: str) -> float:
     """Stored bits per weight of a grid or float type."""
     return FLOAT_BITS[kind] if kind in FLOAT_TYPES else grid_spec(kind).bits_per_weight
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "90000000", "90MB" (powers of 1000) or "1.5GiB" (powers of 1024). Raises InputError."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    try:
-        return round(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
-    except (TypeError, ValueError):
-        raise InputError(f"{text!r} is no size; use bytes, or a number with KB, MB, GB, KiB, MiB or GiB") from None
 
 
 def candidates(width: int) -> list[str]:

@@ -16,9 +16,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from optrot_edge.budget import parse_bytes
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS
+from optrot_edge.memory import parse_size
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import DEFAULT_TYPE
 from optrot_edge.stopping import stoppable, what_is_kept
@@ -68,6 +68,8 @@ Type = Annotated[str | None, typer.Option(
     help=f"Type of the decoder's matrices: {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}; llama.cpp's mixes "
          f"{', '.join(PRESETS)}; in checkpoints only: int4-g128-sym, mlx-4bit-g64 and the like (default: "
          f"{DEFAULT_TYPE}).")]
+MaxMemory = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB or 800MB: activations go to "
+                                                    "the disk where they do not fit (default: the machine's).")]
 EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding (default: --type).")]
 HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
                                                    "a mix the mix's).")]
@@ -126,7 +128,7 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
            seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True,
            asymmetric: Asymmetric = None, refits: Refits = 2, distill: Distill = 0, seed: Seed = 0,
-           device: Device = "auto",
+           device: Device = "auto", max_memory: MaxMemory = None,
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
            vocab_from: VocabFrom = None, dry_run: DryRun = False, overwrite: Overwrite = False,
            restart: Restart = False,
@@ -157,8 +159,9 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
              quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
              seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True,
              asymmetric: Asymmetric = None, refits: Refits = 2, distill: Distill = 0, seed: Seed = 0,
-             device: Device = "auto", dry_run: DryRun = False, overwrite: Overwrite = False, restart: Restart = False,
-             quiet: Quiet = False, json: Json = False, ctx: typer.Context = None):
+             device: Device = "auto", max_memory: MaxMemory = None, dry_run: DryRun = False,
+             overwrite: Overwrite = False, restart: Restart = False, quiet: Quiet = False, json: Json = False,
+             ctx: typer.Context = None):
     """Rotate and quantise MODEL into a checkpoint that `export` packages.
 
     With several GPUs: torchrun --nproc-per-node N -m optrot_edge quantize MODEL --rotation optrot
@@ -288,7 +291,7 @@ def _recipe_fields(ctx: typer.Context) -> dict:
     names = {field.name for field in dataclasses.fields(Recipe)}
     fields = {name: value for name, value in ctx.params.items() if name in names}
     if fields.get("target_size") is not None:
-        fields["target_size"] = parse_bytes(fields["target_size"])
+        fields["target_size"] = parse_size(fields["target_size"])
     return fields
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from optrot_edge.errors import InputError
 from optrot_edge.journal import sha256
+from optrot_edge.memory import must_spill
 from optrot_edge.recipe import Recipe
 
 SENSITIVITY_TOKENS = 2048
@@ -114,13 +116,20 @@ class CalibrationInputs:
         return self._windows[3]
 
     @property
+    def scratch(self) -> Path | None:
+        """The folder in which activations are kept when memory is short; None to keep them in memory."""
+        if not must_spill(self.source.config, self.recipe):
+            return None
+        return Path(self.folder or tempfile.gettempdir())
+
+    @property
     def covariances(self):
         """Input covariances of the float model, see `optrot_edge.rotations.covariance`."""
         from optrot_edge.rotations.covariance import collect
 
         if self._covariances is None:
             self._covariances = collect(
-                self.source, self.tokens, device=self.device, folder=self.folder,
+                self.source, self.tokens, device=self.device, folder=self.folder, scratch=self.scratch,
                 progress=lambda done, total: self.progress("collect inputs", done, total, ""))
         return self._covariances
 
@@ -135,7 +144,7 @@ class CalibrationInputs:
         chosen = self.tokens[torch.linspace(0, len(self.tokens) - 1, count).long()]
         return chosen, *output_sensitivity(self.source, chosen, self.covariances, self.recipe.grid,
                                            torch.Generator().manual_seed(self.recipe.seed), damp=self.recipe.damp,
-                                           device=self.device,
+                                           device=self.device, scratch=self.scratch,
                                            progress=lambda done, total: self.progress("sensitivity", done, total, ""))
 
     @property

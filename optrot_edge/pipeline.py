@@ -12,6 +12,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import fingerprint, shaping_fields
 from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
 from optrot_edge.journal import remove_folder
+from optrot_edge.memory import must_spill
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import Recipe
 from optrot_edge.resume import ResumableWriter, WorkFolder, package, was_packaged
@@ -56,6 +57,7 @@ def _opened(model, rotation, fields: dict, progress: Progress) -> tuple:
         fields.setdefault("rotation", "none")  # nothing is to be made
     recipe = Recipe(**fields)
     source = open_model(model)
+    must_spill(source.config, recipe)  # refuses too small a --max-memory before any work
     for note in check_widths(source, recipe):
         progress("types", 1, 1, note)
     if process_count() > 1:
@@ -136,7 +138,7 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, folder: W
     types = tensor_types(source.family, rotated.config, recipe, chosen)
     options = QuantizerOptions(types, recipe.quantizer, recipe.damp, recipe.act_order, recipe.asymmetric,
                                recipe.refits, device=inputs.device)
-    quantizer = SequentialQuantizer(rotated, options, inputs.tokens)
+    quantizer = SequentialQuantizer(rotated, options, inputs.tokens, inputs.scratch)
     quantizer.run(folder, lambda done, total, worst: progress(
         "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))
     folder.save_tokenizer(source)

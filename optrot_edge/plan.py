@@ -12,10 +12,10 @@ from optrot_edge.budget import bits_of, check_target
 from optrot_edge.checkpoint import FLOAT_TYPES, QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import SUPER_BLOCK, fitting_type
+from optrot_edge.memory import OVERHEAD, must_spill, stream_bytes, working_set
 from optrot_edge.tensor_types import all_shapes, part_of, tensor_types
 
 OPEN = "all tensors"  # the part whose size is given and whose types are not
-OVERHEAD = 400 * 2**20  # the interpreter with torch loaded
 LIGHT_OVERHEAD = 60 * 2**20  # and without
 EXPORT_RATE = 60e6  # bytes packed, written and read back per second on one laptop core
 
@@ -172,17 +172,15 @@ def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
     hidden, ff = config.hidden_size, config.intermediate_size
     q_rows = config.num_attention_heads * config.head_dim
     body, matrix = _body(config), _matrix(config)
-    layer = body // config.num_hidden_layers
     tokens = recipe.nsamples * recipe.seqlen if recipe.calibration != "none" else 0
     widest = max(hidden, q_rows, ff)
-    peak = OVERHEAD + 4 * (3 * matrix + 8 * layer + 2 * tokens * hidden + 8 * recipe.seqlen * ff * 4
-                           + 8 * widest * widest)
+    peak = sum(working_set(config, recipe).values())
+    peak += 0 if must_spill(config, recipe) else stream_bytes(config, recipe)
     flops = _observing_flops(config, tokens)
     if recipe.quantizer == "gptq":
         flops += (4 + 6 * recipe.refits) * body * widest  # GPTQ in float64, the systems of the refits besides
     if recipe.asymmetric != "none":  # another stream, its products with the first, and five more sums like a Hessian
         flops += 2 * _observing_flops(config, tokens)
-        peak += 4 * tokens * hidden + 4 * layer + 40 * widest * widest
     learning = {"optrot": _learning_effort, "optrot+": _plus_effort}.get(recipe.rotation)
     if learning:
         more_flops, more_bytes = learning(config, recipe, body)

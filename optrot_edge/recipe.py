@@ -7,6 +7,7 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.memory import parse_size
 from optrot_edge.rotations.options import OptRotOptions
 from optrot_edge.tensor_types import base_grid, parse_overrides
 
@@ -34,6 +35,7 @@ class Recipe:
     `refits`: how often scales are fitted again once GPTQ has chosen codes, see `optrot_edge.quantize.refit`.
     `distill`: epochs in which what is not codes learns from the float model, see `optrot_edge.quantize.distill`; on
     up to `nsamples` windows more.
+    `max_memory` is a size such as "8GiB", see `optrot_edge.memory`; None: all the machine has. It shapes nothing.
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
@@ -67,6 +69,7 @@ class Recipe:
     distill: int = 0
     seed: int = 0
     device: str = "auto"
+    max_memory: str | None = None
 
     def __post_init__(self) -> None:
         self.rotation, self.calibration = str(self.rotation), str(self.calibration)  # either may be a Path
@@ -83,6 +86,8 @@ class Recipe:
         self.optrot_options()
         if not 0 < self.damp < 1:
             raise InputError(f"--damp {self.damp}: a fraction between 0 and 1 is needed")
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
         if self.refits < 0:
             raise InputError(f"--refits {self.refits}: 0 or more is needed")
         if self.distill < 0 or (self.distill and self.calibration == "none"):

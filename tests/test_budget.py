@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from optrot_edge.budget import allot, bits_of, candidates, check_target, parse_bytes
+from optrot_edge.budget import allot, bits_of, candidates, check_target
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.models import open_model
@@ -76,18 +76,6 @@ def test_more_bytes_never_cost_more(source):
 def test_too_small_a_target(source):
     with pytest.raises(InputError, match="the smallest types take"):
         check_target(source, source.config, Recipe(target_size=10_000))
-
-
-@pytest.mark.parametrize(("text", "size"), [("90000000", 90_000_000), ("90MB", 90_000_000), ("1.5 GiB", 3 * 2**29),
-                                            ("2k", 2000), ("3KiB", 3072)])
-def test_sizes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "MB", "1.2.3", "-5", "5 stones"])
-def test_bad_sizes(text):
-    with pytest.raises(InputError, match="is no size"):
-        parse_bytes(text)
 
 
 @pytest.mark.parametrize("fields", [

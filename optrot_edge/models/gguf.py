@@ -66,6 +66,9 @@ class GGUFSource(ModelSource):
                 tensor = unpermute(tensor, heads[linear])
             yield tensor.to(dtype)
 
+    def _read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(self._file.read(self.family.gguf_name(name), rows=slice(start, stop))).to(dtype)
+
 
 def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows [heads * head_dim, ...] from llama.cpp's interleaved RoPE order to the half-split one."""

@@ -81,20 +81,24 @@ class GGUFFile:
         """Scalar, string or ArrayInfo stored under `key`, or `default`."""
         return self.entries[key].value if key in self.entries else default
 
-    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """The tensor as float32 (or written into `out`, any float dtype), dequantised by rows.
+    def read(self, name: str, out: np.ndarray | None = None, rows: slice | None = None) -> np.ndarray:
+        """The tensor, or some `rows` of a matrix, as float32 (or written into `out`, any float dtype), dequantised by
+        rows.
 
         Raises InputError if the bytes are not there.
         """
-        info = self.tensors[name]
-        out = np.empty(info.shape, np.float32) if out is None else out
+        info, before = self.tensors[name], 0
+        shape = info.shape
+        if rows is not None:
+            before, shape = rows.start, (min(rows.stop, shape[0]) - rows.start, *shape[1:])
+        out = np.empty(shape, np.float32) if out is None else out
         rows = out.reshape(-1, info.shape[-1])
         step = max(1, _CHUNK_BYTES // info.row_bytes)
         for start in range(0, len(rows), step):
             count = min(step, len(rows) - start)
             try:
                 raw = np.fromfile(self.path, np.uint8, count * info.row_bytes,
-                                  offset=info.offset + start * info.row_bytes)
+                                  offset=info.offset + (before + start) * info.row_bytes)
             except OSError as error:
                 raise InputError(f"{self.path}: {name} cannot be read: {error}") from None
             if raw.size != count * info.row_bytes:

@@ -55,11 +55,20 @@ class HFSource(ModelSource):
         A tied model may store the head too: InputError if that copy differs from the embedding.
         """
         if self._spare_head:
-            embedding, head = self._read(["embed_tokens.weight", "lm_head.weight"], dtype)
-            if not torch.equal(embedding, head):
-                raise InputError(f"{self.path}: tie_word_embeddings is true but lm_head.weight differs "
-                                 "from the embedding; set it to false in config.json")
+            self._compare_heads(*self._read(["embed_tokens.weight", "lm_head.weight"], dtype))
         return super().lm_head(dtype)
+
+    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows of the embedding or the head; InputError as `lm_head` raises it."""
+        rows = super().rows(name, start, stop, dtype)
+        if name == "lm_head.weight" and self._spare_head:
+            self._compare_heads(rows, self._read_rows(name, start, stop, dtype))
+        return rows
+
+    def _compare_heads(self, embedding: torch.Tensor, head: torch.Tensor) -> None:
+        if not torch.equal(embedding, head):
+            raise InputError(f"{self.path}: tie_word_embeddings is true but lm_head.weight differs "
+                             "from the embedding; set it to false in config.json")
 
     def save_tokenizer(self, folder: str | Path) -> list[Path]:
         """Copy the tokenizer files that exist into `folder` and return the copies."""
@@ -145,6 +154,15 @@ class HFSource(ModelSource):
                 except SafetensorError as error:
                     raise InputError(f"{path}: {own} cannot be read: {error}") from None
                 yield tensor.to(dtype, copy=True)  # never hand out the mapping itself
+
+    def _read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        own = self.family.hf_name(name)
+        path = self._shard_of[own]
+        with _opened(path) as handle:
+            try:
+                return handle.get_slice(own)[start:stop].to(dtype, copy=True)
+            except SafetensorError as error:
+                raise InputError(f"{path}: {own} cannot be read: {error}") from None
 
 
 def _is_file(path: Path) -> bool:

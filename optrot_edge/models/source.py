@@ -45,6 +45,14 @@ class ModelSource:
             return None
         return self._checked(["lm_head.weight"], dtype)[0]
 
+    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows `start` to `stop` of "embed_tokens.weight" or "lm_head.weight"; of a tied head the embedding's."""
+        if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            name = "embed_tokens.weight"
+        rows = self._read_rows(name, start, stop, dtype)
+        self._check_finite(name, rows)
+        return rows
+
     def save_tokenizer(self, folder: str | Path) -> list[Path]:
         """Write what a checkpoint keeps of the tokenizer into `folder`; returns the files."""
         raise NotImplementedError
@@ -56,17 +64,23 @@ class ModelSource:
     def _read(self, names: list[str], dtype: torch.dtype) -> Iterable[torch.Tensor]:
         raise NotImplementedError
 
+    def _read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        raise NotImplementedError
+
     def _checked(self, names: list[str], dtype: torch.dtype) -> list[torch.Tensor]:
         tensors = list(self._read(names, dtype))
         for name, tensor in zip(names, tensors, strict=True):
-            if not torch.isfinite(tensor).all():
-                stored = self.stored_dtype(name)
-                reason = {"F16": "a conversion overflowed float16, which ends at 65504, or the file is damaged; take "
-                                 "the original weights, in bfloat16 or float32",
-                          "F64": "the file is damaged, or its values do not fit float32"}
-                raise InputError(f"{self.path}: {name} holds NaN or infinite values, stored as {stored}: "
-                                 + reason.get(stored, "the file is damaged; download it again"))
+            self._check_finite(name, tensor)
         return tensors
+
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        if not torch.isfinite(tensor).all():
+            stored = self.stored_dtype(name)
+            reason = {"F16": "a conversion overflowed float16, which ends at 65504, or the file is damaged; take "
+                             "the original weights, in bfloat16 or float32",
+                      "F64": "the file is damaged, or its values do not fit float32"}
+            raise InputError(f"{self.path}: {name} holds NaN or infinite values, stored as {stored}: "
+                             + reason.get(stored, "the file is damaged; download it again"))
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]], translate,
                        ignored: Iterable[str] = ()) -> None:

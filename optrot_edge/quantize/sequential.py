@@ -3,22 +3,25 @@
 Under torchrun every process runs this alike, with its share of the calibration windows and of every matrix's rows;
 sums and rows are joined, so that each has the whole result.
 
-Memory: one decoder layer, the residual stream of the calibration tokens, one Hessian, the embedding; with asymmetric
-calibration a float layer and its stream beside them, and five more matrices of a Hessian's size.
+Memory: one decoder layer, the residual stream of the calibration tokens (or none of it, on the disk), one Hessian, the
+codes of the embedding; with asymmetric calibration a float layer and its stream beside them, and five more matrices
+of a Hessian's size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from optrot_edge.checkpoint import FLOAT_TYPES, CheckpointWriter, QuantizedTensor
 from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import fitting_type
+from optrot_edge.memory import CHUNK
 from optrot_edge.models import forward
 from optrot_edge.quantize.asymmetric import Moments, corrected, held_out_count, mean_hessian
 from optrot_edge.quantize.gptq import prepare_hessian
@@ -35,6 +38,7 @@ from optrot_edge.quantize.numerics import (
 )
 from optrot_edge.quantize.refit import gptq_with_refits
 from optrot_edge.quantize.statistics import output_error
+from optrot_edge.quantize.streams import embedded, picked_rows
 from optrot_edge.recipe import ASYMMETRIC
 from optrot_edge.rotations.distributed import World
 
@@ -75,19 +79,20 @@ class QuantizerOptions:
 
 
 class SequentialQuantizer:
-    """Quantises a (rotated) model into a checkpoint; see `run`."""
+    """Quantises a (rotated) model into a checkpoint; see `run`. The streams lie in the folder `scratch`, if given."""
 
-    def __init__(self, model, options: QuantizerOptions, tokens: torch.Tensor | None):
+    def __init__(self, model, options: QuantizerOptions, tokens: torch.Tensor | None, scratch: Path | None = None):
         self.model, self.options, self.config = model, options, model.config
         self.source = getattr(model, "source", model)
         self.device = options.device
         self.reports: dict[str, dict] = {}
         self._entered = 0  # reports that are in a shard's entry
-        self.tokens = tokens
+        self.tokens, self.scratch = tokens, scratch
         self._stream = self._float_stream = None
         self._held_out, self._judges = 0, False
         self.world = World(self.device)
-        if self.world.size > min(self.config.vocab_size, self.config.num_key_value_heads * self.config.head_dim):
+        vocab, values = self.config.vocab_size, self.config.num_key_value_heads * self.config.head_dim
+        if self.world.size > min(vocab % CHUNK or CHUNK, values):
             raise InputError(f"{self.world.size} processes are more than a matrix has rows; lower --nproc-per-node")
         if tokens is None and options.method == "gptq":
             raise InputError("GPTQ needs calibration text; give --calibration, or use --quantizer rtn")
@@ -110,18 +115,15 @@ class SequentialQuantizer:
 
     def _write_embedding(self, writer) -> None:
         """Quantise an untied embedding, and start the streams if any layer needs them."""
-        finished = writer.kept("head") is not None
-        embedding, start = None if finished else self.model.embedding(torch.float32), None
+        finished, stored = writer.kept("head") is not None, None
         if not self.config.tie_word_embeddings:
-            if self._was_kept(writer, "embedding"):
-                stored = None if finished else writer.read("embedding")["embed_tokens.weight"]
-            else:
-                stored = self._quantize_plain("embed_tokens", embedding)
+            if not self._was_kept(writer, "embedding"):
+                stored = self._quantize_plain("embed_tokens", self.model.chunks("embed_tokens.weight"))
                 self._commit(writer, "embedding", {"embed_tokens.weight": stored})
-            if not finished:
-                start = torch.from_numpy(stored.decode() if isinstance(stored, QuantizedTensor) else stored).float()
+            elif not finished:
+                stored = writer.read("embedding")["embed_tokens.weight"]
         if self.tokens is not None and not finished:
-            self._start(embedding, start)
+            self._start(stored)
 
     def _write_layer(self, writer, index: int) -> None:
         shard = f"layer-{index:05d}"
@@ -143,9 +145,16 @@ class SequentialQuantizer:
         writer.write_shard(shard, tensors, dict(list(self.reports.items())[self._entered:]))
         self._entered = len(self.reports)
 
-    def _start(self, embedding: torch.Tensor, stored: torch.Tensor | None) -> None:
-        """Residual streams before the first layer: as the package has it and, for asymmetric calibration, the float
-        model's. A tied embedding is quantised last, so its errors are not seen here."""
+    def _start(self, stored: QuantizedTensor | np.ndarray | None) -> None:
+        """Residual streams before the first layer: as the package has it (`stored`) and, for asymmetric calibration,
+        the float model's. A tied embedding is quantised last, so its errors are not seen here."""
+        def original(ids):
+            return picked_rows(self.model.chunks("embed_tokens.weight"), ids)
+
+        def package(ids):
+            rows = stored.rows(ids.numpy()).decode() if isinstance(stored, QuantizedTensor) else stored[ids.numpy()]
+            return torch.from_numpy(rows).float()
+
         self._rope = forward.rope_tables(self.config, self.tokens.shape[1], device=self.device)
         self._judges = self.options.asymmetric != "none"
         held_out = held_out_count(len(self.tokens)) if self._judges else 0
@@ -153,20 +162,18 @@ class SequentialQuantizer:
         fit, held = (part[self.world.share(len(part), self.options.batch_size)] for part in
                      (self.tokens[:len(self.tokens) - held_out], self.tokens[len(self.tokens) - held_out:]))
         tokens, self._held_out = torch.cat([fit, held]), len(held)
-        self._stream = F.embedding(tokens, embedding if stored is None else stored)
+        self._stream = embedded(tokens, original if stored is None else package, self.scratch)
         if self._judges:
-            self._float_stream = F.embedding(tokens, embedding)
+            self._float_stream = embedded(tokens, original, self.scratch)
 
     def _parts(self):
-        """Views of both streams, batch by batch (the float one None without asymmetric calibration), and whether they
-        are held out: every batch's windows are or none is."""
+        """Both streams, batch by batch (the float one None without asymmetric calibration), with the batch's place and
+        whether it is held out: every batch's windows are or none is."""
         first = len(self._stream) - self._held_out
-        for held_out, windows in ((False, slice(0, first)), (True, slice(first, None))):
-            parts = self._stream[windows].split(self.options.batch_size)
-            floats = [None] * len(parts)
-            if self._float_stream is not None:
-                floats = self._float_stream[windows].split(self.options.batch_size)
-            yield from ((part, whole, held_out) for part, whole in zip(parts, floats, strict=True) if len(part))
+        for held_out, start, stop in ((False, 0, first), (True, first, len(self._stream))):
+            for windows in self._stream.batches(self.options.batch_size, start, stop):
+                whole = None if self._float_stream is None else self._float_stream.read(windows)
+                yield windows, self._stream.read(windows), whole, held_out
 
     def _observe(self, inputs: Callable, float_inputs: Callable | None, width: int, writes: bool) -> list[Moments]:
         """Moments of a stage's inputs over the windows to fit on and, where some are, over those held out; empty
@@ -177,14 +184,14 @@ class SequentialQuantizer:
         hidden = self.config.hidden_size if gap else None
         sums = [Moments(width, self.device, float_inputs=float_inputs is not None, hidden=hidden)
                 for _ in range(2 if self._judges else 1)]
-        for part, whole, held_out in self._parts():
+        for _, part, whole, held_out in self._parts():
             sums[held_out].add(inputs(part), None if float_inputs is None else float_inputs(whole),
                                (whole - part).to(self.device) if gap else None)
         return sums if self.world.size == 1 else [one.summed(self.world) for one in sums]
 
     def _remembered(self, inputs: Callable, width: int) -> Callable:
-        """`inputs` that computes each part once, when all of them fit KEEP_BYTES."""
-        if self._stream is None or 4 * self._stream.shape[0] * self._stream.shape[1] * width > KEEP_BYTES:
+        """`inputs` that computes each part once, when all of them fit KEEP_BYTES and memory is not short."""
+        if self._stream is None or self.scratch or 4 * self.tokens.numel() * width > KEEP_BYTES:
             return inputs
         kept: dict[int, torch.Tensor] = {}
 
@@ -244,11 +251,13 @@ class SequentialQuantizer:
                  original: dict | None) -> float:
         """Add what the linear `name` writes to both residual streams; their largest magnitude then."""
         peak = torch.zeros(())
-        for part, whole, _ in self._parts():
+        for windows, part, whole, _ in self._parts():
             part += forward.linear(inputs(part), layer, name).to(part.device)
+            self._stream.write(windows, part)
             peak = torch.maximum(peak, peak_of(part).cpu())
             if whole is not None:
                 whole += forward.linear(float_inputs(whole), original, name).to(whole.device)
+                self._float_stream.write(windows, whole)
                 peak = torch.maximum(peak, peak_of(whole).cpu())
         return self.world.maximum(float(peak))
 
@@ -341,16 +350,17 @@ class SequentialQuantizer:
             return grid.round(weight, params), params
         return gptq_with_refits(weight, hessian, prepared, grid, params, refits)
 
-    def _quantize_plain(self, name: str, weight: torch.Tensor, hessian=None):
-        """Embedding or head: weighted round-to-nearest, or GPTQ when there is a Hessian and it is asked for."""
+    def _quantize_plain(self, name: str, chunks, hessian=None):
+        """Embedding or head, in chunks of rows: weighted round-to-nearest, or GPTQ when there is a Hessian and it is
+        asked for."""
         kind = self.options.types[f"{name}.weight"]
         with naming(name):
             if kind in FLOAT_TYPES:
-                return as_float(weight, kind)
-            grid, tensors, prepared = Grid(fitting_type(kind, weight.shape[1])), [], self._prepare(hessian)
+                return np.concatenate([as_float(rows, kind) for rows in chunks])
+            grid, tensors, prepared = Grid(fitting_type(kind, self.config.hidden_size)), [], self._prepare(hessian)
             signal, noise, wide = 0.0, 0.0, widest_float(self.device)
             error, rounded = 0.0, 0.0
-            for rows in weight.tensor_split(-(-len(weight) // 8192)):  # equal parts: every process has some of each
+            for rows in chunks:
                 count, rows = len(rows), rows[self.world.share(len(rows))].to(self.device)
                 with self.world.same_errors():
                     check_weights(rows)
@@ -384,8 +394,6 @@ class SequentialQuantizer:
         if not all(one.finite for one in moments):
             with naming("lm_head"):
                 refuse_overflow({"norm.weight": norm}, None, self.source)
-        name, head = "lm_head", self.model.lm_head(torch.float32)
-        if head is None:
-            name, head = "embed_tokens", self.model.embedding(torch.float32)
-        out[f"{name}.weight"] = self._quantize_plain(name, head, mean_hessian(moments))
+        name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        out[f"{name}.weight"] = self._quantize_plain(name, self.model.chunks(f"{name}.weight"), mean_hessian(moments))
         return out

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +24,7 @@ from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
 from optrot_edge.quantize.numerics import naming, refuse_overflow
 from optrot_edge.quantize.statistics import MeanProduct
+from optrot_edge.quantize.streams import embedded, native_chunks, picked_rows
 from optrot_edge.rotations.rotation import Rotation
 
 INPUTS = {"attn": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "mlp": ("gate_proj", "up_proj"),
@@ -71,12 +71,13 @@ def check_tokens(tokens: int, width: int, warn: bool = True) -> None:
 
 
 def collect(source, tokens: torch.Tensor, *, device: str = "cpu", batch_size: int = 8,
-            folder: str | Path | None = None,
+            folder: str | Path | None = None, scratch: Path | None = None,
             progress: Callable[[int, int], None] | None = None) -> Covariances:
     """Run the float model over `tokens` [windows, length] and keep the covariances under a new folder.
 
     They take `4 (3 hidden² + intermediate²)` bytes per layer (when heads · head_dim = hidden): 30 GiB for
-    Llama-3-8B. The new folder is made in `folder`, by default where temporary files go.
+    Llama-3-8B. The new folder is made in `folder`, by default where temporary files go. The residual stream lies in
+    the folder `scratch`, if given.
     Raises InputError when there are fewer tokens than residual dimensions, when the model overflows,
     or when the disk is full; nothing is left behind then.
     """
@@ -86,7 +87,7 @@ def collect(source, tokens: torch.Tensor, *, device: str = "cpu", batch_size: in
     except OSError as error:
         raise InputError(f"cannot make a temporary folder in {folder}: {error.strerror}") from None
     try:
-        _collect(source, tokens, device, batch_size, made, progress)
+        _collect(source, tokens, device, batch_size, made, scratch, progress)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
@@ -94,17 +95,17 @@ def collect(source, tokens: torch.Tensor, *, device: str = "cpu", batch_size: in
 
 
 @torch.no_grad()
-def _collect(source, tokens, device, batch_size, folder: Path, progress) -> None:
+def _collect(source, tokens, device, batch_size, folder: Path, scratch, progress) -> None:
     """Write one file per layer into `folder`."""
     config = source.config
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
-    stream = F.embedding(tokens, source.embedding(torch.float32))
+    stream = embedded(tokens, lambda ids: picked_rows(native_chunks(source), ids), scratch)
     for index in range(config.num_hidden_layers):
         layer = {k: v.to(device) for k, v in source.layer(index, torch.float32).items()}
         widths = {name: layer[f"{readers[0]}.weight"].shape[1] for name, readers in INPUTS.items()}
         sums = {name: MeanProduct(width, width, device) for name, width in widths.items()}
-        for part in stream.split(batch_size):
-            part.copy_(_observe(part.to(device), layer, config, rope, sums))
+        for windows in stream.batches(batch_size):
+            stream.write(windows, _observe(stream.read(windows).to(device), layer, config, rope, sums).cpu())
         means = {name: total.mean().float().cpu().contiguous() for name, total in sums.items()}
         for name, mean in means.items():
             if not mean.isfinite().all():
@@ -116,6 +117,7 @@ def _collect(source, tokens, device, batch_size, folder: Path, progress) -> None
             raise InputError(f"cannot write covariances to {folder.parent}: {error}") from None
         if progress:
             progress(index + 1, config.num_hidden_layers)
+    stream.close()
 
 
 def _observe(x: torch.Tensor, layer: Layer, config: ModelConfig, rope, sums: dict[str, MeanProduct]) -> torch.Tensor:

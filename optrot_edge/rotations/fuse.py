@@ -147,6 +147,16 @@ class RotatedModel:
             target.copy_(rows.to(r1) @ r1)
         return out
 
+    def chunks(self, name: str, dtype: torch.dtype = torch.float32):
+        """Rows of "embed_tokens.weight" or (untied) "lm_head.weight" in the rotated basis, 8192 at a time: put together
+        they are `embedding` or `lm_head`, to the bit."""
+        native = torch.float64 if dtype == torch.float64 else torch.float32
+        folded = name == "lm_head.weight" and self.folds_head and self.rotation.r1 is not None
+        gain = self.source.final_norm(torch.float64) if folded else None
+        vocab = self.config.vocab_size
+        for start in range(0, vocab, 8192):
+            yield self._to_residual(self.source.rows(name, start, min(start + 8192, vocab), native), dtype, gain)
+
     def embedding(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Token embedding [vocab, hidden] in the rotated basis."""
         native = torch.float64 if dtype == torch.float64 else torch.float32

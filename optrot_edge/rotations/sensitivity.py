@@ -10,6 +10,7 @@ because GPTQ errs least on the few inputs (attention sinks) on which most depend
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,12 @@ from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
+from optrot_edge.quantize.streams import Stream, embedded, native_chunks, picked_rows
 from optrot_edge.rotations.covariance import INPUTS
 
 
 def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec | str, generator: torch.Generator,
-                       *, damp: float = 0.1, device: str = "cpu",
+                       *, damp: float = 0.1, device: str = "cpu", scratch: Path | None = None,
                        progress: Callable[[int, int], None] | None = None
                        ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
     """Per layer, the weight g [out] of every linear's rows on `tokens` [windows, length]; and the gradient of
@@ -32,20 +34,21 @@ def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec
     `½ Σ_i g_i (ΔHΔᵀ)_ii` is the KL per token, in nats, that an error Δ of one matrix costs, H its input's
     covariance. Rows share a matrix's cost by E[g²]. `covariances` are of the same model; labels are drawn with
     `generator` (CPU). One layer is held at a time, and the residual stream of all tokens before every layer
-    (tokens × hidden × layers × 4 bytes).
+    (tokens × hidden × layers × 4 bytes), in the folder `scratch`, if given.
     """
     config, grid_name = source.config, grid if isinstance(grid, str) else grid.name
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
-    streams = [F.embedding(tokens, source.embedding(torch.float32))]
+    streams = [embedded(tokens, lambda ids: picked_rows(native_chunks(source), ids), scratch)]
     for index in range(config.num_hidden_layers):
         layer = _load(source, index, device)
-        streams.append(_forward(streams[-1], layer, config, rope, device))
+        streams.append(_forward(streams[-1], layer, config, rope, device, scratch))
     gradient = _head_gradient(source, streams.pop(), generator, device)
     found = []
     for index in reversed(range(config.num_hidden_layers)):
         layer = _load(source, index, device)
         errors = _gptq_errors(layer, covariances.layer(index, device), grid_name, damp)
-        found.append(_backward(streams.pop(), gradient, layer, errors, config, rope, device))
+        found.append(_backward(streams[-1], gradient, layer, errors, config, rope, device))
+        streams.pop().close()
         if progress:
             progress(len(found), config.num_hidden_layers)
     return found[::-1], gradient
@@ -75,24 +78,27 @@ def _load(source, index: int, device: str) -> dict:
 
 
 @torch.no_grad()
-def _forward(stream, layer, config, rope, device):
-    return torch.cat([forward.decoder_layer(part.to(device), layer, config, rope).cpu() for part in stream.split(2)])
+def _forward(stream: Stream, layer, config, rope, device, scratch) -> Stream:
+    after = Stream(*stream.shape, scratch)
+    for windows in stream.batches(2):
+        after.write(windows, forward.decoder_layer(stream.read(windows).to(device), layer, config, rope).cpu())
+    return after
 
 
 def _head_gradient(source, stream, generator, device):
     """Gradient of Σ −log p(drawn label) with respect to the last layer's output."""
     norm, head = source.final_norm(torch.float32).to(device), source.lm_head(torch.float32)
     head = (source.embedding(torch.float32) if head is None else head).to(device)
-    out = torch.empty_like(stream)
-    for part, target in zip(stream.split(1), out.split(1), strict=True):  # logits of one window at a time
-        x = part.to(device).requires_grad_()
+    out = torch.empty(stream.shape)
+    for windows in stream.batches(1):  # logits of one window at a time
+        x = stream.read(windows).to(device).requires_grad_()
         with torch.enable_grad():
             hidden = forward.rms_norm(x, norm, source.config.rms_norm_eps)
         p = F.linear(hidden.detach(), head).softmax(-1)
         label = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=generator).to(device)
         p.flatten(0, 1).scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
         hidden.backward(p @ head)
-        target.copy_(x.grad)
+        out[windows] = x.grad.cpu()
     return out
 
 
@@ -107,8 +113,8 @@ def _backward(stream, gradient, layer, errors, config, rope, device) -> dict[str
 
     shape = {name: torch.zeros_like(power) for name, (_, power) in errors.items()}
     cost = dict.fromkeys(errors, 0.0)
-    for part, grad in zip(stream.split(1), gradient.split(1), strict=True):
-        x = part.to(device).requires_grad_()
+    for windows in stream.batches(1):
+        x, grad = stream.read(windows).to(device).requires_grad_(), gradient[windows]
         with torch.enable_grad():
             y = forward.decoder_layer(x, {**layer, "tap": tap}, config, rope)
         y.backward(grad.to(device))
