@@ -7,7 +7,8 @@ tokens, embedding and head F16, KL(float ‖ arm) in nats, decoded weights in to
 
 *Arms.* `gptq`: GPTQ on frozen grids and the quantised model's inputs, nothing more. `inputs`, `residual`: it makes up
 for the errors made before it in its inputs, and in the residual stream too (`asymmetric`). `refit`: scales fitted
-again after it, twice (`refits`). `default`: residual and refit. `distill`: scales, mins and norm gains learn from
+again after it, twice (`refits`). `default`: residual and refit. `guided`: that with
+tokens weighted by the end loss's gradients (`guidance`). `distill`: scales, mins and norm gains learn from
 the float model for four epochs; GPTQ calibrates on three quarters of the windows and they learn from the last, so that
 no arm reads more text. `default-distill`: the same after the default. `plus-r2` after a + rotates with OptRot+
 (R2, scales) first.
@@ -34,6 +35,7 @@ PARTS = {
     "residual": {"asymmetric": "residual", "refits": 0},
     "refit": {"asymmetric": "none", "refits": 2},
     "default": {"asymmetric": "residual", "refits": 2},
+    "guided": {"asymmetric": "residual", "refits": 2, "guidance": "tokens"},
     "distill": {"asymmetric": "none", "refits": 0, "distill": 4},
     "default-distill": {"asymmetric": "residual", "refits": 2, "distill": 4},
 }

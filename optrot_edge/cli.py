@@ -95,6 +95,7 @@ ActOrder = Annotated[bool, typer.Option(help="Visit columns in order of falling 
 Asymmetric = Annotated[str | None, typer.Option(help="GPTQ makes up for errors made before: none, inputs, or residual "
                                                      "(the default: of the inputs and of the residual stream).")]
 Refits = Annotated[int, typer.Option(help="How often scales are fitted again once GPTQ has chosen codes.")]
+Guidance = Annotated[str, typer.Option(help="none, or tokens: GPTQ weights them by the end loss's gradients.")]
 Distill = Annotated[int, typer.Option(help="Epochs in which scales, mins and norm gains learn from the float model on "
                                            "windows besides --nsamples, codes fixed (0: none).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it would take.")]
@@ -127,8 +128,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
            quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
            seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True,
-           asymmetric: Asymmetric = None, refits: Refits = 2, distill: Distill = 0, seed: Seed = 0,
-           device: Device = "auto", max_memory: MaxMemory = None,
+           asymmetric: Asymmetric = None, refits: Refits = 2, guidance: Guidance = "none",
+           distill: Distill = 0, seed: Seed = 0, device: Device = "auto", max_memory: MaxMemory = None,
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
            vocab_from: VocabFrom = None, dry_run: DryRun = False, overwrite: Overwrite = False,
            restart: Restart = False,
@@ -158,10 +159,10 @@ def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoin
              plus_objective: PlusObjective = "grid", plus_start: PlusStart = "native", plus_steps: PlusSteps = 30,
              quantizer: Quantizer = "gptq", calibration: Calibration = "builtin", nsamples: Nsamples = 128,
              seqlen: Seqlen = 256, damp: Damp = 0.1, act_order: ActOrder = True,
-             asymmetric: Asymmetric = None, refits: Refits = 2, distill: Distill = 0, seed: Seed = 0,
-             device: Device = "auto", max_memory: MaxMemory = None, dry_run: DryRun = False,
-             overwrite: Overwrite = False, restart: Restart = False, quiet: Quiet = False, json: Json = False,
-             ctx: typer.Context = None):
+             asymmetric: Asymmetric = None, refits: Refits = 2, guidance: Guidance = "none",
+             distill: Distill = 0, seed: Seed = 0, device: Device = "auto", max_memory: MaxMemory = None,
+             dry_run: DryRun = False, overwrite: Overwrite = False, restart: Restart = False, quiet: Quiet = False,
+             json: Json = False, ctx: typer.Context = None):
     """Rotate and quantise MODEL into a checkpoint that `export` packages.
 
     With several GPUs: torchrun --nproc-per-node N -m optrot_edge quantize MODEL --rotation optrot

@@ -134,6 +134,16 @@ class CalibrationInputs:
         return self._covariances
 
     @functools.cached_property
+    def guidance(self) -> list[dict] | None:
+        """Weights of the tokens, see `optrot_edge.quantize.guidance`; None where the recipe asks for none."""
+        from optrot_edge.quantize.guidance import token_weights
+
+        if self.recipe.guidance == "none":
+            return None
+        return token_weights(self.source, self.tokens, seed=self.recipe.seed, device=self.device,
+                             progress=lambda done, total: self.progress("guidance", done, total, ""))
+
+    @functools.cached_property
     def _measured(self):
         """Tokens [windows, seqlen] that sensitivities are measured on, and `output_sensitivity` of them."""
         import torch

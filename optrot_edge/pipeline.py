@@ -112,9 +112,10 @@ def _refuse_processes(recipe: Recipe, choose: bool) -> None:
     if choose:
         raise InputError("--rotation auto runs in one process; under torchrun name a rotation (none, hadamard, optrot) "
                          "or a file made by `rotate`")
-    for option, given in (("--distill", recipe.distill), ("--target-bpw and --target-size", recipe.has_target)):
+    for option, given in (("--distill", recipe.distill), ("--guidance", recipe.guidance != "none"),
+                          ("--target-bpw or --target-size", recipe.has_target)):
         if given:
-            raise InputError(f"{option} need one process; start it without torchrun")
+            raise InputError(f"{option}: this needs one process; start it without torchrun")
 
 
 def _stored_bits(source, recipe: Recipe):
@@ -138,7 +139,7 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, folder: W
     types = tensor_types(source.family, rotated.config, recipe, chosen)
     options = QuantizerOptions(types, recipe.quantizer, recipe.damp, recipe.act_order, recipe.asymmetric,
                                recipe.refits, device=inputs.device)
-    quantizer = SequentialQuantizer(rotated, options, inputs.tokens, inputs.scratch)
+    quantizer = SequentialQuantizer(rotated, options, inputs.tokens, inputs.scratch, inputs.guidance)
     quantizer.run(folder, lambda done, total, worst: progress(
         "quantise layers", done, total, f"worst SNR {worst:.1f} dB"))
     folder.save_tokenizer(source)

@@ -49,7 +49,7 @@ def make_plan(source, recipe, rotation) -> dict:
     peak, flops = _effort(config, recipe, rotation.applied)
     if recipe.rotation == "optrot+" or recipe.has_target:
         flops += _statistics_flops(config, recipe)
-    distilling, held = _distilling_effort(config, recipe)
+    distilling, held = _end_loss_effort(config, recipe)
     peak, flops = max(peak, held), flops + distilling
     return {"family": config.family, "name": config.name, "layers": config.num_hidden_layers,
             "rotation": recipe.rotation, "rotated": rotation.applied,
@@ -78,7 +78,7 @@ def plan_choice(source, recipe, arms: list, start_of: Callable) -> dict:
     flops = sum(flops + judging for _, flops in efforts)
     if recipe.has_target or any(arm.rotation == "optrot+" for arm in tried):
         flops += _statistics_flops(source.config, recipe)
-    distilling, held = _distilling_effort(source.config, recipe)  # of the best arm alone
+    distilling, held = _end_loss_effort(source.config, recipe)  # of the best arm alone
     said = f"measures {', '.join(arm.name for arm in tried)}; sizes and rotations here are those of {largest.name}"
     said += "".join(f"; {arm.name} not tried: {arm.skipped}" for arm in arms if arm.skipped)
     return plan | {"rotation": "auto", "auto": said, "arms": [arm.name for arm in tried],
@@ -216,15 +216,16 @@ def _plus_effort(config, recipe, body: int) -> tuple[int, int]:
     return layers * ((recipe.plus_steps + 2) * step + ff**3), min(8 * body, CACHE_BYTES) + 16 * hidden**2 * layers
 
 
-def _distilling_effort(config, recipe) -> tuple[int, int]:
-    """Floating-point operations and peak memory of `--distill`: the float model once; every epoch two passes forward
-    and one backward to inputs and weights, and three products with the heads; KL on an eighth of the windows."""
-    if not recipe.distill:
-        return 0, 0
+def _end_loss_effort(config, recipe) -> tuple[int, int]:
+    """Floating-point operations and peak memory of `--guidance`, two passes forward and one backward, and `--distill`:
+    the float model once, and every epoch the same, to weights too, and another product with a head."""
     from optrot_edge.quantize.distill import DistillOptions
 
     body, matrix, tokens = _body(config), _matrix(config), recipe.nsamples * recipe.seqlen
-    flops = tokens * (2 * body + recipe.distill * (8 * body + 6 * matrix))
+    flops = tokens * (6 * body + 4 * matrix) if recipe.guidance != "none" else 0
+    if not recipe.distill:
+        return flops, 0
+    flops += tokens * (2 * body + recipe.distill * (8 * body + 6 * matrix))
     batch = DistillOptions().batch_size * recipe.seqlen
     held = tokens * config.hidden_size + batch * (config.num_hidden_layers * config.hidden_size
                                                   + 12 * config.intermediate_size)

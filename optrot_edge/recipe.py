@@ -13,6 +13,7 @@ from optrot_edge.tensor_types import base_grid, parse_overrides
 
 ROTATIONS = ("none", "hadamard", "optrot", "optrot+")
 DEFAULT_TYPE = "q4_0"
+GUIDANCE = ("none", "tokens")
 ASYMMETRIC = ("none", "inputs", "residual")  # what GPTQ makes up for
 
 
@@ -33,6 +34,7 @@ class Recipe:
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
     `asymmetric`: GPTQ makes up for errors made before, see `optrot_edge.quantize.asymmetric`; None: as far as it can.
     `refits`: how often scales are fitted again once GPTQ has chosen codes, see `optrot_edge.quantize.refit`.
+    `guidance`: "tokens" weights GPTQ's by what the end of the model makes of them, see `optrot_edge.quantize.guidance`.
     `distill`: epochs in which what is not codes learns from the float model, see `optrot_edge.quantize.distill`; on
     up to `nsamples` windows more.
     `max_memory` is a size such as "8GiB", see `optrot_edge.memory`; None: all the machine has. It shapes nothing.
@@ -66,6 +68,7 @@ class Recipe:
     act_order: bool = True
     asymmetric: str | None = None
     refits: int = 2
+    guidance: str = "none"
     distill: int = 0
     seed: int = 0
     device: str = "auto"
@@ -90,6 +93,8 @@ class Recipe:
             parse_size(self.max_memory)
         if self.refits < 0:
             raise InputError(f"--refits {self.refits}: 0 or more is needed")
+        if self.guidance not in GUIDANCE or (self.guidance != "none" and self.quantizer == "rtn"):
+            raise InputError(f"--guidance {self.guidance}: use {', '.join(GUIDANCE)}; it weights the tokens of gptq")
         if self.distill < 0 or (self.distill and self.calibration == "none"):
             raise InputError(f"--distill {self.distill}: 0 or more epochs, on text (--calibration)")
         if self.nsamples < 1 or self.seqlen < 2:

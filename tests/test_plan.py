@@ -82,9 +82,10 @@ def test_the_plan_counts_the_learning(tmp_path):
     assert plan._statistics_flops(source.config, Recipe(nsamples=256)) > plan._statistics_flops(source.config, Recipe())
 
 
-def test_the_plan_counts_distillation(tmp_path):
+def test_the_plan_counts_guidance_and_distillation(tmp_path):
     source = open_model(save_model(tmp_path / "model", "llama"))
-    efforts = [plan._distilling_effort(source.config, Recipe(distill=epochs))[0] for epochs in (0, 1, 4)]
+    assert plan._end_loss_effort(source.config, Recipe(guidance="tokens"))[0] > 0
+    efforts = [plan._end_loss_effort(source.config, Recipe(distill=epochs))[0] for epochs in (0, 1, 4)]
     assert efforts[0] == 0 < efforts[1] < efforts[2] / 3
 
 

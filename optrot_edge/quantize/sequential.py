@@ -81,13 +81,15 @@ class QuantizerOptions:
 class SequentialQuantizer:
     """Quantises a (rotated) model into a checkpoint; see `run`. The streams lie in the folder `scratch`, if given."""
 
-    def __init__(self, model, options: QuantizerOptions, tokens: torch.Tensor | None, scratch: Path | None = None):
+    def __init__(self, model, options: QuantizerOptions, tokens: torch.Tensor | None, scratch: Path | None = None,
+                 guidance: list[dict[str, torch.Tensor]] | None = None):
+        """`guidance`: weights of the tokens, see `optrot_edge.quantize.guidance`."""
         self.model, self.options, self.config = model, options, model.config
         self.source = getattr(model, "source", model)
         self.device = options.device
         self.reports: dict[str, dict] = {}
         self._entered = 0  # reports that are in a shard's entry
-        self.tokens, self.scratch = tokens, scratch
+        self.tokens, self.scratch, self.guidance = tokens, scratch, guidance
         self._stream = self._float_stream = None
         self._held_out, self._judges = 0, False
         self.world = World(self.device)
@@ -175,18 +177,23 @@ class SequentialQuantizer:
                 whole = None if self._float_stream is None else self._float_stream.read(windows)
                 yield windows, self._stream.read(windows), whole, held_out
 
-    def _observe(self, inputs: Callable, float_inputs: Callable | None, width: int, writes: bool) -> list[Moments]:
+    def _observe(self, inputs: Callable, float_inputs: Callable | None, width: int, writes: bool,
+                 weights: torch.Tensor | None = None) -> list[Moments]:
         """Moments of a stage's inputs over the windows to fit on and, where some are, over those held out; empty
-        without calibration."""
+        without calibration. `weights` of the tokens [windows, length]: None for 1."""
         if self._stream is None:
             return []
         gap = writes and self.options.asymmetric == "residual"
         hidden = self.config.hidden_size if gap else None
         sums = [Moments(width, self.device, float_inputs=float_inputs is not None, hidden=hidden)
                 for _ in range(2 if self._judges else 1)]
-        for _, part, whole, held_out in self._parts():
-            sums[held_out].add(inputs(part), None if float_inputs is None else float_inputs(whole),
-                               (whole - part).to(self.device) if gap else None)
+        for windows, part, whole, held_out in self._parts():
+            seen = (inputs(part), None if float_inputs is None else float_inputs(whole),
+                    (whole - part).to(self.device) if gap else None)
+            if weights is not None:  # the products of all of them are weighted
+                root = weights[windows].sqrt()[..., None].to(self.device)
+                seen = [None if x is None else root * x for x in seen]
+            sums[held_out].add(*seen)
         return sums if self.world.size == 1 else [one.summed(self.world) for one in sums]
 
     def _remembered(self, inputs: Callable, width: int) -> Callable:
@@ -226,7 +233,8 @@ class SequentialQuantizer:
                 if writes:  # read again below
                     inputs = self._remembered(inputs, width)
                     float_inputs = None if aims is None else self._remembered(float_inputs, width)
-                moments = self._observe(inputs, float_inputs, width, writes)
+                weights = None if self.guidance is None else self.guidance[index][name]
+                moments = self._observe(inputs, float_inputs, width, writes, weights)
                 with naming(", ".join(prefix + name for name in names)):
                     if not all(one.finite for one in moments):
                         refuse_overflow(layer, index, self.source)

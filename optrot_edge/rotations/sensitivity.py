@@ -40,12 +40,12 @@ def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
     streams = [embedded(tokens, lambda ids: picked_rows(native_chunks(source), ids), scratch)]
     for index in range(config.num_hidden_layers):
-        layer = _load(source, index, device)
-        streams.append(_forward(streams[-1], layer, config, rope, device, scratch))
-    gradient = _head_gradient(source, streams.pop(), generator, device)
+        layer = load_layer(source, index, device)
+        streams.append(forward_stream(streams[-1], layer, config, rope, device, scratch))
+    gradient = head_gradient(source, streams.pop(), generator, device)
     found = []
     for index in reversed(range(config.num_hidden_layers)):
-        layer = _load(source, index, device)
+        layer = load_layer(source, index, device)
         errors = _gptq_errors(layer, covariances.layer(index, device), grid_name, damp)
         found.append(_backward(streams[-1], gradient, layer, errors, config, rope, device))
         streams.pop().close()
@@ -73,19 +73,21 @@ def _gptq_errors(layer, stored: dict, grid_name: str, damp: float) -> dict[str, 
     return out
 
 
-def _load(source, index: int, device: str) -> dict:
+def load_layer(source, index: int, device: str) -> dict:
+    """A decoder layer in float32."""
     return {k: v.to(device) for k, v in source.layer(index, torch.float32).items()}
 
 
 @torch.no_grad()
-def _forward(stream: Stream, layer, config, rope, device, scratch) -> Stream:
+def forward_stream(stream: Stream, layer, config, rope, device: str, scratch: Path | None = None) -> Stream:
+    """The residual stream after a decoder layer, from the one before it."""
     after = Stream(*stream.shape, scratch)
     for windows in stream.batches(2):
         after.write(windows, forward.decoder_layer(stream.read(windows).to(device), layer, config, rope).cpu())
     return after
 
 
-def _head_gradient(source, stream, generator, device):
+def head_gradient(source, stream: Stream, generator: torch.Generator, device: str) -> torch.Tensor:
     """Gradient of Σ −log p(drawn label) with respect to the last layer's output."""
     norm, head = source.final_norm(torch.float32).to(device), source.lm_head(torch.float32)
     head = (source.embedding(torch.float32) if head is None else head).to(device)
