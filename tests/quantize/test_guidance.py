@@ -13,7 +13,10 @@ from optrot_edge.models import forward, open_model
 from optrot_edge.quantize import guidance
 from optrot_edge.quantize.guidance import READERS, token_weights
 from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
+from optrot_edge.quantize.statistics import MeanProduct
 from optrot_edge.recipe import Recipe
+from optrot_edge.rotations.fuse import RotatedModel
+from optrot_edge.rotations.rotation import Rotation
 from tests.road import FAST, save_model
 from tests.tiny_models import random_tokens, save_tiny
 
@@ -57,12 +60,14 @@ def test_weights_reach_every_moment(tmp_path):
     weights = torch.tensor([2.0, 0, 1, 1])[:, None].expand(4, 12)
 
     def moments(tokens, weights):
-        options = QuantizerOptions(asymmetric="residual", batch_size=2)
-        run = SequentialQuantizer(source, options, tokens, weights and [weights])
-        run._start(source.embedding(torch.float32), 1.1 * source.embedding(torch.float32))
+        options = QuantizerOptions({}, asymmetric="residual", batch_size=2)
+        run = SequentialQuantizer(RotatedModel(source, Rotation("none")), options, tokens,
+                                  guidance=weights and [weights])
+        run._start(1.1 * source.embedding(torch.float32).numpy())
         width = source.config.hidden_size
         both = run._observe(lambda x: x, lambda x: x + 1, width, True, weights and weights["q_proj"])
-        return [part.mean() for moment in both for part in vars(moment).values()]
+        return [part.mean() for moment in both for part in vars(moment).values()
+                if isinstance(part, MeanProduct)]
 
     plain, ones = moments(tokens, None), moments(tokens, {"q_proj": torch.ones(4, 12)})
     assert all(torch.equal(a, b) for a, b in zip(plain, ones, strict=True))

@@ -16,7 +16,7 @@ from optrot_edge import pipeline
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.inspect import inspect_path
-from optrot_edge.quantize import sequential
+from optrot_edge.quantize import matrices, sequential
 from optrot_edge.quantize.asymmetric import Moments, corrected
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.numerics import NamedError, naming, warnings_of
@@ -210,7 +210,7 @@ def test_floats_that_do_not_fit(model, text):
 
 def test_a_hessian_that_nothing_repairs(model, text, monkeypatch):
     indefinite = torch.full((96, 96), 5.0, dtype=torch.float64).fill_diagonal_(1.0)
-    monkeypatch.setattr(sequential, "mean_hessian", lambda moments: indefinite)
+    monkeypatch.setattr(matrices, "mean_hessian", lambda moments: indefinite)
     refused(model(), text, f"^{QKV}: the Hessian is not positive definite even with damping 1", asymmetric="none")
 
 
