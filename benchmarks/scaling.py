@@ -24,8 +24,10 @@ from gpu_check import print_table
 from optrot_edge.checkpoint import CheckpointWriter
 from optrot_edge.memory import working_set
 from optrot_edge.models.config import ModelConfig
+from optrot_edge.models.family import get_family
 from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
 from optrot_edge.recipe import Recipe
+from optrot_edge.tensor_types import tensor_types
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SIZES = (256, 384, 512)
@@ -87,7 +89,8 @@ def measure(hidden: int, folder: Path) -> dict:
     """Seconds of one layer, and its operations."""
     config = shaped(hidden, 7 * hidden // 2, 2, 8, 1, 256)
     tokens = torch.randint(256, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    options = QuantizerOptions(embedding="f16", head="f16", asymmetric="residual", refits=REFITS)
+    types = tensor_types(get_family("llama"), config, Recipe(rotation="none", embedding_type="f16", head_type="f16"))
+    options = QuantizerOptions(types, asymmetric="residual", refits=REFITS)
     ticks = []
     with CheckpointWriter(folder / str(hidden)) as writer:
         SequentialQuantizer(RandomModel(config), options, tokens).run(

@@ -46,7 +46,7 @@ def test_usage_errors(arguments, says, capfd):
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    (["--type", "q4_k_m"], "q4_k_m"), (["--head-type", "q9"], "q9"), (["--embedding-type", "int4-g128-sym"], "g128"),
+    (["--type", "q4_k_x"], "q4_k_x"), (["--head-type", "q9"], "q9"), (["--embedding-type", "int4-g128-sym"], "g128"),
     (["--type", "int4-g7-sym"], "groups of 7"), (["--rotation", "magic"], "--rotation magic"),
     (["--rotate", "r1,r9"], "r9"), (["--rotation", "optrot", "--rotate", "r3"], "names neither"),
     (["--rotate", "r1,r4", "--r4-block", 48], "R4 block 48"),
