@@ -78,6 +78,9 @@ class RandomModel:
     def lm_head(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.outer["head"].to(dtype)
 
+    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.outer["head" if name == "lm_head.weight" else "embed"][start:stop].to(dtype)
+
 
 def random_model(hidden: int, intermediate: int, heads: int, kv_heads: int, *, layers: int = 2,
                  vocab: int = 256) -> RandomModel:
