@@ -34,6 +34,7 @@ from scoring import bootstrap_ratio, llama_logits, standard_error, torch_logits
 
 from optrot_edge import pipeline
 from optrot_edge.errors import InputError
+from optrot_edge.rotating import versions
 
 TYPES = ("q4_k_m", "iq4_xs", "q3_k_m", "q5_k_m")
 ARMS = ("stock", "mix", "target", "target+plus-r2")
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> dict:
     """Measure what is missing; InputError if `--out` holds other settings."""
     bench = Bench(options)
     results = json.loads(options.out.read_text()) if options.out.exists() else {
-        "settings": bench.settings, "versions": pipeline.versions(), "rows": []}
+        "settings": bench.settings, "versions": versions(), "rows": []}
     if results["settings"] != bench.settings:
         raise InputError(f"{options.out} was measured with other settings; choose another --out or remove it")
     for arm in options.arms:  # the same arm for every type first: one arm's rows compare early

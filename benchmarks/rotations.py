@@ -46,7 +46,7 @@ from optrot_edge.inputs import CalibrationInputs
 from optrot_edge.models import open_model
 from optrot_edge.models.forward import final_hidden
 from optrot_edge.recipe import Recipe
-from optrot_edge.rotating import make_rotation
+from optrot_edge.rotating import make_rotation, versions
 from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 
@@ -179,7 +179,7 @@ def measure_missing(bench: Bench, ratios_of: Callable[[list[dict]], dict]) -> di
     """Measure the arms that `--out` lacks, writing each at once; InputError if it holds other settings'."""
     options = bench.options
     results = json.loads(options.out.read_text()) if options.out.exists() else {
-        "settings": bench.settings, "versions": pipeline.versions(), "rows": []}
+        "settings": bench.settings, "versions": versions(), "rows": []}
     if results["settings"] != bench.settings:
         raise InputError(f"{options.out} was measured with other settings; choose another --out or remove it")
     done = {(row["grid"], row["arm"], row["seed"]) for row in results["rows"]}
