@@ -27,7 +27,7 @@ class Recipe:
     means q8_0, in a mix the mix's (a tied matrix takes the head's type). `tensor_type`: PATTERN=TYPE entries that go
     before all of these.
     `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: GGUF types by
-    measured KL per byte, see `optrot_edge.quantize.allocation`; `embedding_type` and `head_type` None are then
+    measured KL per byte, see `optrot_edge.budget`; `embedding_type` and `head_type` None are then
     decided with the rest. `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.

@@ -24,7 +24,9 @@ from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import prepare_hessian
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.refit import row_losses
-from optrot_edge.rotations.covariance import INPUTS
+from optrot_edge.rotations.covariance import INPUTS, rotate_covariances
+from optrot_edge.rotations.rotation import Rotation
+from optrot_edge.rotations.sensitivity import load_layer
 
 ROWS = 128  # of a matrix that are fitted in every type
 HEAD_ROWS = 2048
@@ -40,16 +42,13 @@ def measure_costs(source, inputs, *, progress: Callable[[int, int], None] | None
     generator = torch.Generator().manual_seed(inputs.recipe.seed)
     costs = {"embed_tokens.weight": _embedding_costs(source, inputs), "lm_head.weight": _head_costs(source, inputs)}
     for index, sensitivity in enumerate(inputs.sensitivity):
-        stored = inputs.covariances.layer(index, inputs.device)
-        layer = {k: v.to(inputs.device) for k, v in source.layer(index, torch.float32).items()}
+        layer = load_layer(source, index, inputs.device)
+        stored = rotate_covariances(inputs.covariances.layer(index, inputs.device), Rotation("none"), index, layer,
+                                    source.config)
         for kind, names in INPUTS.items():
-            h = stored[kind]
-            if f"{kind}_norm.weight" in layer:
-                gain = layer[f"{kind}_norm.weight"].to(h)
-                h = gain[:, None] * h * gain
             drawn = {name: _draw(sensitivity[name], ROWS, generator).to(inputs.device) for name in names}
-            found = _linear_costs({name: layer[f"{name}.weight"][rows] for name, rows in drawn.items()}, h,
-                                  inputs.recipe.damp)
+            found = _linear_costs({name: layer[f"{name}.weight"][rows] for name, rows in drawn.items()},
+                                  stored[kind], inputs.recipe.damp)
             for name in names:
                 total = float(sensitivity[name].sum())
                 costs[f"layers.{index}.{name}.weight"] = {

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch
 
 from optrot_edge.models import forward
+from optrot_edge.quantize.sequential import STAGES
 from optrot_edge.quantize.streams import embedded, native_chunks, picked_rows
 from optrot_edge.rotations.sensitivity import forward_stream, head_gradient, load_layer
 
-TEMPER = 0.5  # power of the mean squares: as they are, attention sinks are nearly all that q/k/v would be fitted on
+TEMPER = 0.5  # power of the mean squares, lest a few tokens be all that a Hessian is made of
 CHUNK_TOKENS = 4096  # whose residual streams before every layer are held at once
-READERS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_proj": ("gate_proj", "up_proj"),
-           "down_proj": ("down_proj",)}  # by the first of a stage
+READERS = {names[0]: names for names in STAGES}
 
 
 def token_weights(source, tokens: torch.Tensor, *, seed: int = 0, device: str = "cpu",

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from optrot_edge.errors import StorageError
+from optrot_edge.memory import CHUNK
 
 
 class Stream:
@@ -96,6 +97,6 @@ def picked_rows(chunks, ids: torch.Tensor) -> torch.Tensor:
 
 
 def native_chunks(source):
-    """The embedding of an open model, float32, 8192 rows at a time."""
+    """The embedding of an open model, float32, CHUNK rows at a time."""
     vocab = source.config.vocab_size
-    return (source.rows("embed_tokens.weight", start, min(start + 8192, vocab)) for start in range(0, vocab, 8192))
+    return (source.rows("embed_tokens.weight", start, min(start + CHUNK, vocab)) for start in range(0, vocab, CHUNK))

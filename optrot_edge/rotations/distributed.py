@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from optrot_edge.errors import InputError
+from optrot_edge.memory import physical_memory
 from optrot_edge.processes import process_count
 
 TIMEOUT = timedelta(hours=1)  # layers are shared out evenly, but reading them may stall
@@ -39,11 +40,7 @@ def spare_memory(device: str) -> int:
     """Bytes of rows to keep: half of a GPU's free memory, a quarter of the machine's shared by its processes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0] // 2
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        memory = 2**33
-    return memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (physical_memory() or 2**33) // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class World:

@@ -12,6 +12,7 @@ import torch
 
 from optrot_edge.device import widest_float
 from optrot_edge.kernels.hadamard import block_hadamard
+from optrot_edge.memory import CHUNK
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import Layer
 from optrot_edge.rotations.rotation import Rotation
@@ -143,19 +144,19 @@ class RotatedModel:
         if gain is not None:
             r1 = gain.to(r1)[:, None] * r1
         out = torch.empty(weight.shape, dtype=dtype)
-        for rows, target in zip(weight.split(8192), out.split(8192), strict=True):
+        for rows, target in zip(weight.split(CHUNK), out.split(CHUNK), strict=True):
             target.copy_(rows.to(r1) @ r1)
         return out
 
     def chunks(self, name: str, dtype: torch.dtype = torch.float32):
-        """Rows of "embed_tokens.weight" or (untied) "lm_head.weight" in the rotated basis, 8192 at a time: put together
+        """Rows of "embed_tokens.weight" or (untied) "lm_head.weight" in the rotated basis, CHUNK at a time: together
         they are `embedding` or `lm_head`, to the bit."""
         native = torch.float64 if dtype == torch.float64 else torch.float32
         folded = name == "lm_head.weight" and self.folds_head and self.rotation.r1 is not None
         gain = self.source.final_norm(torch.float64) if folded else None
         vocab = self.config.vocab_size
-        for start in range(0, vocab, 8192):
-            yield self._to_residual(self.source.rows(name, start, min(start + 8192, vocab), native), dtype, gain)
+        for start in range(0, vocab, CHUNK):
+            yield self._to_residual(self.source.rows(name, start, min(start + CHUNK, vocab), native), dtype, gain)
 
     def embedding(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Token embedding [vocab, hidden] in the rotated basis."""

@@ -20,8 +20,10 @@ from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import gptq, prepare_hessian
 from optrot_edge.quantize.grids import Grid
+from optrot_edge.quantize.refit import row_losses
 from optrot_edge.quantize.streams import Stream, embedded, native_chunks, picked_rows
-from optrot_edge.rotations.covariance import INPUTS
+from optrot_edge.rotations.covariance import INPUTS, rotate_covariances
+from optrot_edge.rotations.rotation import Rotation
 
 
 def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec | str, generator: torch.Generator,
@@ -46,7 +48,8 @@ def output_sensitivity(source, tokens: torch.Tensor, covariances, grid: GridSpec
     found = []
     for index in reversed(range(config.num_hidden_layers)):
         layer = load_layer(source, index, device)
-        errors = _gptq_errors(layer, covariances.layer(index, device), grid_name, damp)
+        stored = rotate_covariances(covariances.layer(index, device), Rotation("none"), index, layer, config)
+        errors = _gptq_errors(layer, stored, grid_name, damp)
         found.append(_backward(streams[-1], gradient, layer, errors, config, rope, device))
         streams.pop().close()
         if progress:
@@ -59,15 +62,12 @@ def _gptq_errors(layer, stored: dict, grid_name: str, damp: float) -> dict[str, 
     out = {}
     for kind, names in INPUTS.items():
         h = stored[kind]
-        if f"{kind}_norm.weight" in layer:
-            gain = layer[f"{kind}_norm.weight"].to(h)
-            h = gain[:, None] * h * gain
         weights = [layer[f"{name}.weight"] for name in names]
         stacked, prepared = torch.cat(weights), prepare_hessian(h, damp=damp)
         grid = Grid(fitting_type(grid_name, len(h)))
         params = grid.fit(stacked, h.diagonal())
         error = grid.decode(gptq(stacked, prepared, grid, params), params) - stacked
-        power = ((error.to(h) @ h) * error).sum(1).cpu()
+        power = row_losses(error.to(h), h).cpu()
         sizes = [len(weight) for weight in weights]
         out |= dict(zip(names, zip(error.split(sizes), power.split(sizes), strict=True), strict=True))
     return out
