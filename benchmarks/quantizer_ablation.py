@@ -7,11 +7,10 @@ tokens, embedding and head F16, KL(float ‖ arm) in nats, decoded weights in to
 
 *Arms.* `gptq`: GPTQ on frozen grids and the quantised model's inputs, nothing more. `inputs`, `residual`: it makes up
 for the errors made before it in its inputs, and in the residual stream too (`asymmetric`). `refit`: scales fitted
-again after it, twice (`refits`). `default`: residual and refit. `guided`: that with
-tokens weighted by the end loss's gradients (`guidance`). `distill`: scales, mins and norm gains learn from
-the float model for four epochs; GPTQ calibrates on three quarters of the windows and they learn from the last, so that
-no arm reads more text. `default-distill`: the same after the default. `plus-r2` after a + rotates with OptRot+
-(R2, scales) first.
+again after it, twice (`refits`). `guidance`: tokens weighted by the end loss's gradients. `distill`: scales, mins and
+norm gains learn from the float model for four epochs; GPTQ calibrates on three quarters of the windows and they learn
+from the last, so that no arm reads more text. `default`: residual and refit. `default-guidance`, `default-distill`:
+that with one part more; `all`: with both. `plus-r2` after a + rotates with OptRot+ (R2, scales) first.
 
 Ratios to `gptq` carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done.
 """
@@ -29,15 +28,19 @@ from scoring import bootstrap_ratio
 
 from optrot_edge.recipe import Recipe
 
+PLAIN = {"asymmetric": "none", "refits": 0}
+DEFAULT = {"asymmetric": "residual", "refits": 2}
 PARTS = {
-    "gptq": {"asymmetric": "none", "refits": 0},
-    "inputs": {"asymmetric": "inputs", "refits": 0},
-    "residual": {"asymmetric": "residual", "refits": 0},
-    "refit": {"asymmetric": "none", "refits": 2},
-    "default": {"asymmetric": "residual", "refits": 2},
-    "guided": {"asymmetric": "residual", "refits": 2, "guidance": "tokens"},
-    "distill": {"asymmetric": "none", "refits": 0, "distill": 4},
-    "default-distill": {"asymmetric": "residual", "refits": 2, "distill": 4},
+    "gptq": PLAIN,
+    "inputs": PLAIN | {"asymmetric": "inputs"},
+    "residual": PLAIN | {"asymmetric": "residual"},
+    "refit": PLAIN | {"refits": 2},
+    "guidance": PLAIN | {"guidance": "tokens"},
+    "distill": PLAIN | {"distill": 4},
+    "default": DEFAULT,
+    "default-guidance": DEFAULT | {"guidance": "tokens"},
+    "default-distill": DEFAULT | {"distill": 4},
+    "all": DEFAULT | {"guidance": "tokens", "distill": 4},
 }
 
 
@@ -78,4 +81,4 @@ def print_table(results: dict) -> None:
 
 if __name__ == "__main__":
     run(arguments(__doc__.splitlines()[0], "quantizer_ablation"), Ablation, ["q4_1", "q4_0"],
-        [*PARTS, "default+plus-r2"], ratios, print_table)
+        [*PARTS, "default+plus-r2", "all+plus-r2"], ratios, print_table)
