@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 
 from optrot_edge.errors import InputError, StorageError
-from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS
+from optrot_edge.formats import DEFAULT_BITS, DEFAULT_GROUP, DTYPES, GGUF_TYPES
+from optrot_edge.gridspec import MLX_BITS, MLX_GROUPS
 from optrot_edge.memory import parse_size
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import DEFAULT_TYPE
@@ -64,15 +65,23 @@ Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower 
 Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Format = Annotated[str | None, typer.Option(help="Package format: gguf (llama.cpp, the default) or mlx (mlx-lm).")]
 Type = Annotated[str | None, typer.Option(
-    help=f"Type of the decoder's matrices: {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}; llama.cpp's mixes "
-         f"{', '.join(PRESETS)}; in checkpoints only: int4-g128-sym, mlx-4bit-g64 and the like (default: "
+    help=f"Type of the decoder's matrices: {', '.join(GGUF_TYPES)}; llama.cpp's mixes "
+         f"{', '.join(PRESETS)}; for MLX see --bits; in checkpoints only: int4-g128-sym and the like (default: "
          f"{DEFAULT_TYPE}).")]
+Bits = Annotated[int | None, typer.Option(help=f"MLX: bits per weight, {', '.join(map(str, MLX_BITS))} (default: "
+                                               f"{DEFAULT_BITS}).")]
+GroupSize = Annotated[int | None, typer.Option(help="MLX: weights that share a scale and a bias, "
+                                                    f"{', '.join(map(str, MLX_GROUPS))} (default: {DEFAULT_GROUP}).")]
+Dtype = Annotated[str | None, typer.Option(help=f"MLX: what scales, biases and norms are stored in, "
+                                                f"{', '.join(DTYPES)} (default: the model's own).")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB or 800MB: activations go to "
                                                     "the disk where they do not fit (default: the machine's).")]
-EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding (default: --type).")]
+EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding, for MLX such as 6bit (default: "
+                                                        "--type).")]
 HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
-                                                   "a mix the mix's).")]
+                                                   "a mix the mix's, for MLX the rest's).")]
 TensorType = Annotated[list[str] | None, typer.Option(
     metavar="PATTERN=TYPE", help="Type of the matrices whose name the regular expression finds, such as "
                                  "ffn_down=q6_k or 'blk\\.[0-3]\\.attn_v=q8_0'; repeatable, the first "
@@ -119,8 +128,8 @@ def _emit(result: dict, show) -> None:
 def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, a GGUF file, or a checkpoint "
                                                      "made by `quantize`.")],
            out: Annotated[Path, typer.Option(help="The package to write.")],
-           format: Annotated[str, typer.Option(help="Package format: gguf.")] = "gguf",
-           type: Type = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
+           format: Format = None, type: Type = None, bits: Bits = None, group_size: GroupSize = None,
+           dtype: Dtype = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
            tensor_type: TensorType = None, target_bpw: TargetBpw = None, target_size: TargetSize = None,
            rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
            optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
@@ -140,18 +149,19 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
     with _reporter(quiet, json) as reporter:
         fields = _recipe_fields(ctx)
         given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
-        fields = given if pipeline.is_checkpoint(model) else fields
+        fields = (given if pipeline.is_checkpoint(model) else fields) | {"format": format}
         if dry_run:
-            return _emit(pipeline.plan(model, format=format, vocab_from=vocab_from, **fields), print_plan)
+            return _emit(pipeline.plan(model, packaged=True, vocab_from=vocab_from, **fields), print_plan)
         with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):
-            result = pipeline.export(model, out, format=format, overwrite=overwrite, restart=restart,
+            result = pipeline.export(model, out, overwrite=overwrite, restart=restart,
                                      checkpoint=checkpoint, vocab_from=vocab_from, progress=reporter.update, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
 
 
 @app.command()
 def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
-             type: Type = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
+             format: Format = None, type: Type = None, bits: Bits = None, group_size: GroupSize = None,
+             dtype: Dtype = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
              tensor_type: TensorType = None, target_bpw: TargetBpw = None, target_size: TargetSize = None,
              rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
              optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,

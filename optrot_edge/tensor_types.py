@@ -66,7 +66,7 @@ def base_grid(kind: str) -> str:
 def head_grid(kind: str, hidden_size: int) -> str:
     """The type of the head where the body is `kind` and nothing else is asked for."""
     if kind not in PRESETS:
-        return "q8_0"
+        return kind if kind.startswith("mlx-") else "q8_0"  # mlx-lm treats it as the rest
     return "q8_0" if hidden_size % SUPER_BLOCK else PRESETS[kind].head
 
 
