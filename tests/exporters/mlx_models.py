@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -64,3 +65,37 @@ def write_folder(path: Path, model, *, dtype=torch.float32, optrot: dict | None 
     for file in ([] if tokenizer is None else tokenizer.glob("*token*")):
         shutil.copyfile(file, path / file.name)
     return path
+
+
+def load(path, **options):
+    """mlx-lm's model of a folder with a tokenizer."""
+    import mlx_lm
+
+    return mlx_lm.load(str(path), trust_remote_code=True, **options)[0]
+
+
+def load_model(path):
+    """The same of a folder without."""
+    from mlx_lm.utils import load_model
+
+    return load_model(path, trust_remote_code=True)[0]
+
+
+def logits(model, tokens) -> np.ndarray:
+    """Logits float32 [batch, length, vocab] of a loaded model, without a cache."""
+    import mlx.core as mx
+
+    return np.array(model(mx.array(tokens.numpy())).astype(mx.float32))
+
+
+def cached_logits(model, tokens, first: int = 1, kv_bits: int | None = None) -> np.ndarray:
+    """With a cache: the `first` tokens at once, then one at a time, the cache quantised after the first."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, parts, ids = make_prompt_cache(model), [], mx.array(tokens.numpy())
+    for start, stop in [(0, first), *((i, i + 1) for i in range(first, ids.shape[1]))]:
+        parts.append(np.array(model(ids[:, start:stop], cache=cache)))
+        if kv_bits and start == 0:
+            cache = [layer.to_quantized(group_size=32, bits=kv_bits) for layer in cache]
+    return np.concatenate(parts, axis=1)

@@ -12,8 +12,15 @@ import torch
 
 from optrot_edge.kernels.hadamard import block_hadamard_torch
 from optrot_edge.models import forward
-from optrot_edge.rotations.fuse import RotatedModel
-from tests.exporters.mlx_models import MODEL_FILE, optrot_entry, rotated_model, write_folder
+from tests.exporters.mlx_models import (
+    MODEL_FILE,
+    cached_logits,
+    load,
+    load_model,
+    logits,
+    rotated_model,
+    write_folder,
+)
 from tests.road import save_model
 from tests.tiny_models import random_tokens
 
@@ -77,36 +84,6 @@ def folders(tmp_path_factory):
         return made[case]
 
     return make
-
-
-def load(path, **options):
-    """mlx-lm's model of a folder."""
-    import mlx_lm
-
-    return mlx_lm.load(str(path), trust_remote_code=True, **options)[0]
-
-
-def load_model(path):
-    """The same for a folder without tokenizer."""
-    from mlx_lm.utils import load_model
-
-    return load_model(path, trust_remote_code=True)[0]
-
-
-def logits(model, tokens) -> np.ndarray:
-    return np.array(model(mx.array(tokens.numpy())).astype(mx.float32))
-
-
-def cached_logits(model, tokens, first: int = 1, kv_bits: int | None = None) -> np.ndarray:
-    """With a cache: the `first` tokens at once, then one at a time, the cache quantised after the first."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache, parts, ids = make_prompt_cache(model), [], mx.array(tokens.numpy())
-    for start, stop in [(0, first), *((i, i + 1) for i in range(first, ids.shape[1]))]:
-        parts.append(np.array(model(ids[:, start:stop], cache=cache)))
-        if kv_bits and start == 0:
-            cache = [layer.to_quantized(group_size=32, bits=kv_bits) for layer in cache]
-    return np.concatenate(parts, axis=1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -301,14 +278,6 @@ def test_what_does_not_fit_is_refused(changes, says, folders, tmp_path):
     path = write_folder(tmp_path / "m", rotated, more=changes)
     with pytest.raises(ValueError, match=says):
         load_model(path)
-
-
-def test_an_entry_has_what_the_manifest_says(folders):
-    source, path = folders("qwen2")
-    rotated = rotated_model(source.path, r3_block=16, r4_block=32)[1]
-    assert isinstance(rotated, RotatedModel)
-    assert json.loads((path / "config.json").read_text())["optrot"] == optrot_entry(rotated) == {
-        "format_version": 1, "r3_block": 16, "r4_block": 32, "head_mix": True}
 
 
 @pytest.mark.slow
