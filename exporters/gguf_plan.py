@@ -83,11 +83,15 @@ def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
               vocab_from: Path | None = None) -> Plan:
     """Plan the GGUF of `checkpoint`.
 
-    Raises InputError for what stock llama.cpp cannot run (R3, R4, other grids, tensors its graph
-    does not read) and for a checkpoint whose tensors contradict its model configuration.
+    Raises InputError for what stock llama.cpp cannot run (R3, R4, a head tied through a matrix, other grids, tensors
+    its graph does not read) and for a checkpoint whose tensors contradict its model configuration.
     """
     family, config, shapes = expected_tensors(checkpoint)
     _check_rotation(checkpoint.manifest.get("rotation") or {})
+    if config.head_mix:
+        raise InputError("the checkpoint's head is tied to its embedding through a matrix, which stock llama.cpp does "
+                         "not have: it was made for a package with its own model file; quantise again with --rotate "
+                         "r1,r2")
     _check_graph(family, config, shapes)
     tensors = [_planned(checkpoint, family, config, source, shape) for source, shape in shapes.items()]
     factors = _rope_factors(family, config)

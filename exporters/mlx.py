@@ -13,7 +13,7 @@ from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
 from optrot_edge.exporters.mlx_blocks import pack, unpack
-from optrot_edge.exporters.mlx_plan import Plan, PlannedTensor, plan_mlx
+from optrot_edge.exporters.mlx_plan import MODEL_FILE, Plan, PlannedTensor, plan_mlx
 from optrot_edge.exporters.model_card import model_card
 from optrot_edge.exporters.safetensors_file import read_header, read_tensor, to_bfloat16, write_safetensors
 from optrot_edge.journal import move_folder
@@ -97,6 +97,8 @@ def _write(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Pr
     _write_json(folder / INDEX, index)
     _write_json(folder / "config.json", dict(sorted(plan.config.items())))
     write_hf_tokenizer(checkpoint.path / "tokenizer", folder, ModelConfig.from_dict(checkpoint.manifest["model"]))
+    if "model_file" in plan.config:
+        shutil.copyfile(Path(__file__).with_name("mlx_model_file.py"), folder / MODEL_FILE)
     (folder / "README.md").write_text(model_card(plan.config, checkpoint.manifest, 8 * plan.nbytes / plan.weights),
                                       encoding="utf-8")
 

@@ -18,10 +18,11 @@ from optrot_edge.exporters.mlx_blocks import check_grid
 from optrot_edge.exporters.safetensors_file import Entry
 from optrot_edge.gridspec import GridSpec, grid_spec
 from optrot_edge.models.config import ModelConfig
-from optrot_edge.models.family import Family
+from optrot_edge.models.family import HEAD_MIX, Family
 
 SHARD_BYTES = 5 * 10**9  # as mlx-lm cuts them
 PACKAGE_VERSION = 1  # of the "optrot" entry in config.json
+MODEL_FILE = "optrot_model.py"  # `exporters/mlx_model_file.py`, in packages that stock mlx-lm cannot run alone
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -98,12 +99,15 @@ def plan_mlx(checkpoint: QuantizedCheckpoint) -> Plan:
     dtype = _dtype(checkpoint, specs)
     tensors = []
     for name, shape in shapes.items():
-        module, _, kind = family.hf_name(name).rpartition(".")
+        module, _, kind = (name if name == HEAD_MIX else family.hf_name(name)).rpartition(".")
         tensors.append(PlannedTensor(name, module, kind, shape, specs[name]))
     notes = checkpoint.manifest.get("notes")
     plan = Plan({}, dtype, tensors, list(notes) if isinstance(notes, list) else [])
     plan.config = (model_config(family, config, plan.notes) | {"torch_dtype": dtype} | _quantization(tensors)
-                   | {"optrot": _about(checkpoint.manifest)})
+                   | {"optrot": _about(checkpoint.manifest) | {"head_mix": config.head_mix}})
+    about = plan.config["optrot"]
+    if about["r3_block"] or about["r4_block"] or about["head_mix"]:
+        plan.config["model_file"] = MODEL_FILE
     return plan
 
 
@@ -177,6 +181,6 @@ def _about(manifest: dict) -> dict:
             "version": (manifest.get("versions") or {}).get("optrot-edge"),
             "rotation": rotation.get("rotation"), "applied": rotation.get("applied", []),
             "scales": rotation.get("scales", []), "r3_block": rotation.get("r3_block"),
-            "r4_block": rotation.get("r4_block"), "head_mix": False,
+            "r4_block": rotation.get("r4_block"),
             "recipe": {name: recipe[name] for name in kept if name in recipe},
             "calibration_sha256": manifest.get("calibration_sha256"), "warnings": manifest.get("warnings", [])}

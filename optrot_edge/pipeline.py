@@ -140,9 +140,9 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, folder: W
     from optrot_edge.plan import check_widths
     from optrot_edge.quantize.numerics import warnings_of
     from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
-    from optrot_edge.rotations.fuse import RotatedModel
+    from optrot_edge.rotations.fuse import packaged
 
-    rotated = RotatedModel(source, rotation, inputs.device)
+    rotated = packaged(source, rotation, inputs.device)
     chosen, expected = inputs.allot(rotated.config) if recipe.has_target else (None, None)
     types = tensor_types(source.family, rotated.config, recipe, chosen)
     options = QuantizerOptions(types, recipe.quantizer, recipe.damp, recipe.act_order, recipe.asymmetric,

@@ -42,9 +42,9 @@ def make_plan(source, recipe, rotation) -> dict:
     counts of the solver, GPTQ and the calibration passes (about right for SmolLM2-135M on two idle cores).
     Raises InputError for a type that does not fit the model's rows.
     """
-    from optrot_edge.rotations.fuse import RotatedModel
+    from optrot_edge.rotations.fuse import packaged
 
-    original, config = source.config, RotatedModel(source, rotation).config
+    original, config = source.config, packaged(source, rotation).config
     parts, types = _parts(source, config, recipe), _types(source.family, config, recipe)
     weights = sum(map(prod, all_shapes(source.family, config).values()))
     peak, flops = _effort(config, recipe, rotation.applied)
@@ -90,9 +90,9 @@ def plan_choice(source, recipe, arms: list, start_of: Callable) -> dict:
 def stored_bytes(source, rotation, recipe) -> float:
     """Bytes of all tensors as a package stores them, for an open model, a Rotation (learned or not), a Recipe; with a
     target size, that."""
-    from optrot_edge.rotations.fuse import RotatedModel
+    from optrot_edge.rotations.fuse import packaged
 
-    return sum(_parts(source, RotatedModel(source, rotation).config, recipe).values())
+    return sum(_parts(source, packaged(source, rotation).config, recipe).values())
 
 
 def _parts(source, config, recipe) -> dict[str, float]:
