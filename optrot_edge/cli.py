@@ -1,4 +1,4 @@
-"""The command line: `optrot-edge export | rotate | quantize | eval | reference | inspect | doctor`.
+"""The command line: `optrot-edge export | rotate | quantize | eval | chat | reference | inspect | doctor`.
 
 Exit codes: 0 done, 1 internal failure, 2 bad input or usage, 130 interrupted.
 """
@@ -108,6 +108,8 @@ Guidance = Annotated[str, typer.Option(help="none, or tokens: GPTQ weights them 
 Distill = Annotated[int, typer.Option(help="Epochs in which scales, mins and norm gains learn from the float model on "
                                            "windows besides --nsamples, codes fixed (0: none).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it would take.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="MLX: run the model file that the folder "
+                                                                           "brings.")]
 VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
 
 
@@ -226,15 +228,17 @@ def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation fi
 
 
 @app.command("eval")
-def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a checkpoint folder.")],
+def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX folder or a checkpoint folder.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
              windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
-             backend: Annotated[str | None, typer.Option(help="llama.cpp or torch (default: by kind).")] = None,
+             backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx or torch (default: by kind).")] = None,
              device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
+             kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
+             trust_remote_code: TrustRemoteCode = False,
              quiet: Quiet = False, json: Json = False):
     """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
     from optrot_edge import pipeline
@@ -244,11 +248,27 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a 
         pipeline.prepare_output(out, overwrite=True)
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
-                                   device=device, speed=speed,
+                                   device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)
     _emit(report, print_report)
+
+
+@app.command()
+def chat(package: Annotated[Path, typer.Argument(help="A .gguf package or an MLX folder.")],
+         prompt: Annotated[str, typer.Argument(help="The user's message.")],
+         max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+         device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+         trust_remote_code: TrustRemoteCode = False, quiet: Quiet = False, json: Json = False):
+    """One answer of PACKAGE in its real runtime, by its own chat template, always of the most likely tokens."""
+    from optrot_edge import pipeline
+
+    _reporter(quiet, json)
+    answer = pipeline.chat(package, prompt, max_tokens=max_tokens, device=device, trust_remote_code=trust_remote_code)
+    if json:
+        return _emit({"answer": answer}, print)
+    print(answer)  # --quiet too: it is what was asked for
 
 
 @app.command()
@@ -273,7 +293,8 @@ def reference(model: Model, text: Annotated[str, typer.Option(help="A file, buil
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF or a rotation file.")],
+def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF, an MLX folder or a "
+                                                      "rotation file.")],
             quiet: Quiet = False, json: Json = False):
     """What a file or folder holds: family, types, bits per weight, recipe, per-layer errors."""
     from optrot_edge.inspect import inspect_path

@@ -241,6 +241,16 @@ def evaluate(package: str | Path, reference: str | Path, *, text: str | None = N
     return evaluate_package(package, reference=reference, text=words, **options)
 
 
+def chat(package: str | Path, prompt: str, *, max_tokens: int = 128, **options) -> str:
+    """The package's greedy answer to `prompt`; options are those of `optrot_edge.runtime.backends.open_package`."""
+    from optrot_edge.runtime.backends import open_package
+
+    with open_package(package, **options) as runner:
+        if not hasattr(runner, "chat"):
+            raise InputError(f"{package} gives logits only; export it to chat with it")
+        return runner.chat(prompt, max_tokens)
+
+
 def write_reference(model: str | Path, out: str | Path, *, text: str, **options):
     """Score `text` with `model` into a reference file for devices without torch or the model."""
     from optrot_edge.quantize.calibration import load_text
