@@ -19,9 +19,9 @@ from optrot_edge.exporters.safetensors_file import Entry
 from optrot_edge.gridspec import GridSpec, grid_spec
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import HEAD_MIX, Family
+from optrot_edge.models.mlx_folder import FORMAT_VERSION
 
 SHARD_BYTES = 5 * 10**9  # as mlx-lm cuts them
-PACKAGE_VERSION = 1  # of the "optrot" entry in config.json
 MODEL_FILE = "optrot_model.py"  # `exporters/mlx_model_file.py`, in packages that stock mlx-lm cannot run alone
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -177,7 +177,7 @@ def _about(manifest: dict) -> dict:
     """The package's own entry in config.json: what it was made by, and what its runtime must do."""
     rotation, recipe = manifest.get("rotation") or {}, manifest.get("recipe") or {}
     kept = ("rotation", "rotate", "quantizer", "calibration", "nsamples", "seqlen", "seed", "distill")
-    return {"format_version": PACKAGE_VERSION, "format": "mlx",
+    return {"format_version": FORMAT_VERSION, "format": "mlx",
             "version": (manifest.get("versions") or {}).get("optrot-edge"),
             "rotation": rotation.get("rotation"), "applied": rotation.get("applied", []),
             "scales": rotation.get("scales", []), "r3_block": rotation.get("r3_block"),

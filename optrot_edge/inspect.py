@@ -115,9 +115,8 @@ def _mlx(path: Path) -> dict:
     for tensor in folder.tensors.values():
         types.add(tensor.kind, tensor.weights, tensor.bits)
     config, text, ours = folder.config, folder.text_config, folder.optrot
-    rotation = ours.get("rotation")
-    about = {name: value for name, value in (rotation if isinstance(rotation, dict) else {"rotation": rotation}).items()
-             if name in ("rotation", "applied", "scales", "r3_block", "r4_block")}
+    about = {"rotation": ours.get("rotation")}
+    about |= {name: ours[name] for name in ("applied", "scales", "r3_block", "r4_block") if name in ours}
     return {"kind": "MLX package", "path": str(path), "model_type": config.get("model_type"),
             "layers": text.get("num_hidden_layers"), "hidden_size": text.get("hidden_size"),
             "context_length": text.get("max_position_embeddings"), "tied_head": folder.tied_head, **about,

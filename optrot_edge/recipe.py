@@ -30,9 +30,9 @@ class Recipe:
     `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: types by
     measured KL per byte, see `optrot_edge.budget`; `embedding_type` and `head_type` None are then
     decided with the rest.
-    `format` is the package that all this is for, None: gguf. For "mlx", `bits` and `group_size` stand for `type` (4 and 64),
-    embedding and head have that type too where no other is given, short names as `6bit` will do, and `dtype` is the
-    package's (None: float16); with a target size `group_size` leaves the bits open only. `rotation` is
+    `format` is the package that all this is for, None: gguf. For "mlx", `bits` and `group_size` stand for `type` (4 and
+    64), embedding and head have that type too where no other is given, short names as `6bit` will do, and `dtype` is
+    the package's (None: float16); with a target size `group_size` leaves the bits open only. `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.

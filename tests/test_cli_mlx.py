@@ -17,7 +17,7 @@ QUANTISED = {"quantize": True, "q_bits": 4, "q_group_size": 64}
 def package(mlx, copied):
     """A package that needs its own model file."""
     folder = edit_config(copied(mlx("wide", **QUANTISED)[1]), model_file="own.py", optrot={
-        "format": "mlx", "format_version": 1, "rotation": {"rotation": "hadamard", "applied": ["r1", "r3"]},
+        "format": "mlx", "format_version": 1, "rotation": "hadamard", "applied": ["r1", "r3"],
         "warnings": ["layer 1 is hard"]})
     (folder / "own.py").write_text("from mlx_lm.models.llama import Model, ModelArgs\n")
     return folder

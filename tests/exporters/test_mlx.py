@@ -14,6 +14,8 @@ from optrot_edge.errors import InputError
 from optrot_edge.exporters import mlx_plan
 from optrot_edge.exporters.mlx import export_mlx
 from optrot_edge.models.family import get_family
+from optrot_edge.runtime.mlx import MlxBackend
+from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.cli_runner import child, left, refused, run_ok
 from tests.road import save_model, write_text
 from tests.test_pipeline import decoded_logits, length_of, original_logits, spread
@@ -127,7 +129,39 @@ def test_a_rotated_tied_model_is_untied(model, tmp_path):
     assert 0.01 < lost < 0.6
 
 
+@pytest.mark.parametrize("rotate", ["r1,r2,r4", "r1,r2,r3,r4", "r3"])
+@pytest.mark.parametrize("case", ["llama", "smollm2", "qwen2", "qwen3_tied"])
+def test_online_rotations_come_with_a_model_file(case, rotate, model, tmp_path):
+    """What needs R3 or R4 runs when trusted, is refused otherwise, and keeps a tied head tied."""
+    options = RTN | {"rotation": "hadamard", "rotate": rotate, "r4_block": 32}
+    checkpoint = pipeline.quantize(model(case), tmp_path / "c", group_size=32, bits=8, **options)
+    pipeline.export(checkpoint, tmp_path / "package")
+    config, tied = json.loads((tmp_path / "package/config.json").read_text()), case != "llama"
+    assert config["model_file"] == "optrot_model.py" and config["tie_word_embeddings"] == tied
+    assert config["optrot"]["head_mix"] == (tied and "r1" in rotate)
+    assert "--trust-remote-code" in (tmp_path / "package/README.md").read_text()
+    tokens = random_tokens(1, 24)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        mlx_logits(tmp_path / "package", tokens)
+    with MlxBackend(tmp_path / "package", trust_remote_code=True) as backend:
+        found = backend.logits(tokens[0].numpy())
+    worst, _ = spread(found, TorchBackend(checkpoint).logits(tokens[0].numpy()))
+    assert worst < 1e-3
+    _, lost = spread(found, original_logits(model(case), tokens))
+    assert lost < 0.1  # 8 bits
+
+
+def test_the_package_is_evaluated_in_mlx(model, tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    pipeline.export(model("qwen3"), tmp_path / "package", format="mlx", bits=8, group_size=32, rotation="hadamard",
+                    quantizer="rtn", calibration="none")
+    report = pipeline.evaluate(tmp_path / "package", model("qwen3"), text=str(text), windows=4, window=32, speed=False)
+    assert report["runtime"].startswith("mlx") and 0 < report["kl_mean"] < 0.01 and report["top1"] > 0.9
+    assert report["bits_per_weight"] == pytest.approx(10, abs=0.1)
+
+
 @pytest.mark.parametrize("options, says", [
+    (["--group-size", "32", "--rotation", "hadamard", "--rotate", "r4"], "R4 block 256 must be a power of two that divides 160"),
     (["--bits", "7"], "--bits 7: MLX stores 2, 3, 4, 5, 6, 8"),
     (["--group-size", "48"], "--group-size 48: MLX stores groups of 32, 64, 128"),
     (["--group-size", "64"], "rows of 96 weights do not divide into mlx-4bit-g64-f32's groups of 64"),

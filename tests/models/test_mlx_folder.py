@@ -96,7 +96,7 @@ def test_inspect(mlx, copied):
     assert not about["tied_head"] and not about["needs_trust_remote_code"] and about["rotation"] is None
     edit_config(path, model_file="own.py", optrot={
         "format": "mlx", "format_version": 1, "warnings": ["careful"],
-        "rotation": {"rotation": "optrot", "applied": ["r1", "r2", "r4"], "r4_block": 32, "seed": 0}})
+        "rotation": "optrot", "applied": ["r1", "r2", "r4"], "r4_block": 32, "seed": 0})
     about = inspect_path(path)
     assert (about["rotation"], about["applied"], about["r4_block"]) == ("optrot", ["r1", "r2", "r4"], 32)
     assert about["warnings"] == ["careful"] and about["needs_trust_remote_code"]
