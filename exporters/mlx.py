@@ -49,7 +49,7 @@ def export_mlx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: b
                                "choose another disk or fewer bits")
         _write(plan, checkpoint, partial, report)
         _verify(plan, checkpoint, partial, report)
-        size = sum(path.stat().st_size for path in partial.iterdir())
+        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         move_folder(partial, out)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from error

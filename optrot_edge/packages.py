@@ -102,7 +102,7 @@ class MlxFormat:
         """Bytes of the package of an open model that are not tensors, at most."""
         with tempfile.TemporaryDirectory() as folder:
             out = MlxFormat._write_tokenizer(source, Path(folder))
-            files = sum(path.stat().st_size for path in out.iterdir())
+            files = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         return files + MLX_CARD + MLX_ENTRY * len(all_shapes(source.family, source.config))
 
     @staticmethod

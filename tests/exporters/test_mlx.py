@@ -161,7 +161,8 @@ def test_the_package_is_evaluated_in_mlx(model, tmp_path):
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--group-size", "32", "--rotation", "hadamard", "--rotate", "r4"], "R4 block 256 must be a power of two that divides 160"),
+    (["--group-size", "32", "--rotation", "hadamard", "--rotate", "r4"],
+     "R4 block 256 must be a power of two that divides 160"),
     (["--bits", "7"], "--bits 7: MLX stores 2, 3, 4, 5, 6, 8"),
     (["--group-size", "48"], "--group-size 48: MLX stores groups of 32, 64, 128"),
     (["--group-size", "64"], "rows of 96 weights do not divide into mlx-4bit-g64-f32's groups of 64"),
