@@ -133,6 +133,7 @@ def package(folder: WorkFolder, out: Path, vocab_from: str | Path | None, export
     """
     new, asked = out.with_name(out.name + ".new"), vocab_from and sha256(vocab_from)
     made = folder.journal.about(PACKAGE)
+    restore_folder(out)
     if made and made["vocab_from"] == asked and out.exists() and digest(out) == made["sha256"]:
         return made["summary"]
     try:

@@ -239,6 +239,19 @@ def test_a_size_is_met(model, tmp_path):
     assert len({value["bits"] for value in grid.values() if isinstance(value, dict)} | {grid["bits"]}) > 1
 
 
+def test_scales_learn_by_distillation(model, tmp_path):
+    """`--distill` moves MLX's scales and biases, not its codes, and what it keeps is better on held-out text."""
+    text = write_text(tmp_path / "text.txt", topics=6)
+    folder = pipeline.quantize(model("smollm2"), tmp_path / "c", format="mlx", bits=3, group_size=32, rotation="none",
+                               calibration=str(text), nsamples=16, seqlen=32, distill=2)
+    report = QuantizedCheckpoint(folder).manifest["distill"]
+    assert report["kept"] and report["kl_after"] < report["kl_before"]
+    pipeline.export(folder, tmp_path / "package")
+    tokens = random_tokens(1, 24)
+    worst, _ = spread(mlx_logits(tmp_path / "package", tokens), decoded_logits(folder, tokens))
+    assert worst < 1e-3
+
+
 def test_the_plan_is_what_is_written(model, tmp_path):
     options = {"format": "mlx", "group_size": 32, "rotation": "none", "quantizer": "rtn", "calibration": "none"}
     planned = pipeline.plan(model("qwen2"), packaged=True, **options)
