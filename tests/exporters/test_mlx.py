@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -261,12 +268,51 @@ def test_the_plan_is_what_is_written(model, tmp_path):
     assert planned["bytes"] == again["bytes"] == round(summary["bits_per_weight"] * summary["weights"] / 8)
 
 
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3"])
+def test_mlx_lm_measures_perplexity(case, model, tmp_path):
+    """mlx-lm's own perplexity of a package is this project's."""
+    from mlx_lm.perplexity import eval_ppl
+    from mlx_lm.utils import load_model
+
+    pipeline.export(model(case), tmp_path / "package", bits=6, group_size=32, **RTN)
+    tokens = random_tokens(3, 24)
+    with mx.stream(mx.cpu):
+        found, _ = eval_ppl(load_model(tmp_path / "package")[0], mx.array(tokens.numpy()))
+    logits = np.stack([mlx_logits(tmp_path / "package", row[None]) for row in tokens])[:, :-1].astype(np.float64)
+    peak = logits.max(-1, keepdims=True)
+    surprise = np.log(np.exp(logits - peak).sum(-1)) + peak[..., 0] - np.take_along_axis(
+        logits, tokens[:, 1:, None].numpy(), -1)[..., 0]
+    assert found == pytest.approx(np.exp(surprise.mean()), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_mlx_lm_serves(model, tmp_path):
+    """`mlx_lm.server` answers a chat with a package."""
+    pipeline.export(model("smollm2"), tmp_path / "package", group_size=32, **RTN)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "mlx_lm", "server", "--model", str(tmp_path / "package"), "--port",
+                               str(port)], stderr=subprocess.PIPE, text=True)
+    try:
+        body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body,
+                                         {"Content-Type": "application/json"})
+        for _ in range(240):
+            with contextlib.suppress(ConnectionError, urllib.error.URLError):
+                answer = json.load(urllib.request.urlopen(request, timeout=120))
+                break
+            assert server.poll() is None, server.stderr.read()
+            time.sleep(0.5)
+        assert answer["usage"]["completion_tokens"] == 4 and isinstance(answer["choices"][0]["message"]["content"], str)
+    finally:
+        server.kill()
+        server.communicate()
+
+
 @pytest.mark.slow
 def test_mlx_lm_generates(model, tmp_path):
     """The command that a user types, in a process of its own."""
-    import subprocess
-    import sys
-
     made = child("export", model("smollm2"), "--format", "mlx", "--group-size", "32", "--rotation", "none",
                  "--quantizer", "rtn", "--calibration", "none", "--out", tmp_path / "package")
     assert made.returncode == 0, made.stderr
