@@ -141,7 +141,7 @@ def test_replayed_weights_give_the_same_bits(kind, tmp_path_factory, text, tmp_p
     """What the next layers see are the stored codes decoded, of every grid, and floats before they are stored."""
     from tests.tiny_models import _BASE, _VARIANTS
 
-    root = tmp_path_factory.getbasetemp() / "wide2"
+    root = tmp_path_factory.getbasetemp() / "two wide layers"
     if not root.exists():
         _VARIANTS["wide2"] = ("llama", {**_VARIANTS["wide"][1], "num_hidden_layers": _BASE["num_hidden_layers"]})
         save_model(root, "wide2")
