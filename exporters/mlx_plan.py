@@ -101,6 +101,7 @@ def plan_mlx(checkpoint: QuantizedCheckpoint) -> Plan:
     for name, shape in shapes.items():
         module, _, kind = (name if name == HEAD_MIX else family.hf_name(name)).rpartition(".")
         tensors.append(PlannedTensor(name, module, kind, shape, specs[name]))
+    tensors.sort(key=lambda tensor: not tensor.source.startswith("layers."))  # small offsets make a smaller header
     notes = checkpoint.manifest.get("notes")
     plan = Plan({}, dtype, tensors, list(notes) if isinstance(notes, list) else [])
     plan.config = (model_config(family, config, plan.notes) | {"torch_dtype": dtype} | _quantization(tensors)
