@@ -20,7 +20,7 @@ from rich.table import Table
 from rotations import Bench, arguments, run
 from scoring import bootstrap_ratio, standard_error
 
-from optrot_edge.budget import bits_of
+from optrot_edge.formats import bits_of
 from optrot_edge.inputs import calibration_windows
 from optrot_edge.models import open_model
 from optrot_edge.models.forward import final_hidden

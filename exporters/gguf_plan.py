@@ -13,6 +13,7 @@ from gguf.utility import size_label
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.exporters.expected_tensors import expected_tensors
 from optrot_edge.exporters.gguf_blocks import check_grid
 from optrot_edge.exporters.gguf_entries import Entries, f32, read_entries, string, u32
 from optrot_edge.exporters.gguf_vocab import vocabulary
@@ -82,15 +83,16 @@ def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
               vocab_from: Path | None = None) -> Plan:
     """Plan the GGUF of `checkpoint`.
 
-    Raises InputError for what stock llama.cpp cannot run (R3, R4, other grids, tensors its graph
-    does not read) and for a checkpoint whose tensors contradict its model configuration.
+    Raises InputError for what stock llama.cpp cannot run (R3, R4, a head tied through a matrix, other grids, tensors
+    its graph does not read) and for a checkpoint whose tensors contradict its model configuration.
     """
-    config = ModelConfig.from_dict(checkpoint.manifest.get("model"))
-    if not isinstance(checkpoint.manifest.get("tensors"), dict):
-        raise InputError(f"{checkpoint.path}: the manifest lists no tensors; quantise again")
-    family = get_family(config.family)
+    family, config, shapes = expected_tensors(checkpoint)
     _check_rotation(checkpoint.manifest.get("rotation") or {})
-    shapes = _expected_shapes(checkpoint, family, config)
+    if config.head_mix:
+        raise InputError("the checkpoint's head is tied to its embedding through a matrix, which stock llama.cpp does "
+                         "not have: it was made for a package with its own model file; quantise again with --rotate "
+                         "r1,r2")
+    _check_graph(family, config, shapes)
     tensors = [_planned(checkpoint, family, config, source, shape) for source, shape in shapes.items()]
     factors = _rope_factors(family, config)
     if factors is not None:
@@ -131,21 +133,9 @@ def _check_rotation(rotation: dict) -> None:
                          "quantised cache, so leave R3 out: quantise again with --rotate r1,r2")
 
 
-def _expected_shapes(checkpoint: QuantizedCheckpoint, family: Family, config: ModelConfig) -> dict:
-    """Canonical names and shapes in file order; InputError when the checkpoint's differ."""
-    if config.tie_word_embeddings and "lm_head.weight" in checkpoint:
-        raise InputError(f"{checkpoint.path}: lm_head.weight is there although the model says that it is "
-                         "tied to the embedding; set tie_word_embeddings to false or leave it out")
-    if not config.tie_word_embeddings and "lm_head.weight" not in checkpoint:
-        raise InputError(f"{checkpoint.path}: no lm_head.weight although the model says that it is not tied "
-                         "to the embedding; llama.cpp would use the embedding in its place")
-    shapes = all_shapes(family, config)
-    for name in [*shapes, *checkpoint.names]:
-        stored = checkpoint.manifest["tensors"].get(name)
-        if name not in shapes or stored is None or tuple(stored["shape"]) != shapes[name]:
-            found = "nothing" if stored is None else stored["shape"]
-            wanted = list(shapes[name]) if name in shapes else "nothing"
-            raise InputError(f"{checkpoint.path}: {name} should be {wanted} and is {found}")
+def _check_graph(family: Family, config: ModelConfig, shapes: dict) -> None:
+    """InputError for tensors that llama.cpp's graph does not read."""
+    for name in shapes:
         layer_key, _, kind = name.rpartition(".")
         if kind == "bias" and layer_key.rpartition(".")[2] not in family.gguf_biases:
             raise InputError(f"{name}: llama.cpp's {family.gguf_arch} has no such bias; "
@@ -153,7 +143,6 @@ def _expected_shapes(checkpoint: QuantizedCheckpoint, family: Family, config: Mo
     if family.gguf_arch == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
         raise InputError("llama.cpp's qwen2 needs heads · head_dim = hidden_size; "
                          "this model cannot become a GGUF")
-    return shapes
 
 
 def _planned(checkpoint: QuantizedCheckpoint, family: Family, config: ModelConfig, source: str,

@@ -37,7 +37,11 @@ PRE_TOKENIZERS = (
     ("smollm", (("Digits", True), _GPT2), False, ((),)),
     ("gpt-2", (_GPT2,), False, ((),)),
 )
-_SPACE = "\u2581"  # SentencePiece's visible space
+# Names that llama.cpp reads as one of those above.
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "midm-2.0": "llama-bpe",
+           "dbrx": "smaug-bpe", "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "starcoder": "smollm",
+           "refact": "smollm", "minerva-7b": "smollm", "phi-2": "gpt-2", "mellum": "gpt-2"}
+SPACE = "\u2581"  # SentencePiece's visible space
 _UNMERGEABLE = -1e6  # score of tokens that no merge may form; the merges' scores are -1, -2, ...
 
 
@@ -112,8 +116,8 @@ def identify(definition: dict) -> tuple[str, str, bool]:
     normalisers = tuple(_step(s) for s in _flatten(definition.get("normalizer"), "normalizers"))
     ignore_merges = bool(model.get("ignore_merges"))
     if model.get("byte_fallback"):
-        spaces = {(): None, (("Prepend", _SPACE), ("Replace", " ", _SPACE)): True,
-                  (("Replace", " ", _SPACE),): False}.get(normalisers, "unknown")
+        spaces = {(): None, (("Prepend", SPACE), ("Replace", " ", SPACE)): True,
+                  (("Replace", " ", SPACE),): False}.get(normalisers, "unknown")
         if spaces is None and len(steps) == 1 and steps[0][0] == "Metaspace":
             spaces, steps = steps[0][1], ()
         if isinstance(spaces, bool) and not steps and not ignore_merges:
@@ -148,7 +152,7 @@ def _step(step: dict) -> tuple:
         return kind, bool(step.get("individual_digits"))
     if kind == "Metaspace":
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        plain = step.get("replacement") == _SPACE and step.get("split", True) is False
+        plain = step.get("replacement") == SPACE and step.get("split", True) is False
         return (kind, scheme != "never") if plain else whole
     if kind == "Prepend":
         return kind, step["prepend"]

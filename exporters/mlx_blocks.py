@@ -13,9 +13,8 @@ import numpy as np
 
 from optrot_edge.checkpoint import QuantizedTensor
 from optrot_edge.errors import InputError
-from optrot_edge.gridspec import MLX_DTYPES, MLX_GROUPS, STORED_DTYPES, GridSpec
+from optrot_edge.gridspec import MLX_BITS, MLX_DTYPES, MLX_GROUPS, STORED_DTYPES, GridSpec
 
-MLX_BITS = (2, 3, 4, 5, 6, 8)
 CHUNK = 2**24  # bits held as bytes at once
 
 

@@ -65,7 +65,9 @@ def candidates(source, recipe: Recipe, stored_bits: Callable[[Arm], float]) -> l
         arm.bits_per_weight = stored_bits(arm) / weights
         extra = arm.bits_per_weight - arms[0].bits_per_weight
         if 4**extra > HOPELESS:
-            arm.skipped = (f"R1 unties the head from the embedding: {extra:.2f} more bits per weight, "
+            how = "ties the head through another matrix" if {"r3", "r4"} & recipe.which else (
+                "unties the head from the embedding")
+            arm.skipped = (f"R1 {how}: {extra:.2f} more bits per weight, "
                            f"which would have to divide KL by {4**extra:.1f}")
     return arms
 

@@ -11,20 +11,9 @@ from __future__ import annotations
 from math import prod
 
 from optrot_edge.errors import InputError
-from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS, fitting_type, grid_spec
+from optrot_edge.formats import bits_of, candidates
+from optrot_edge.gridspec import fitting_type
 from optrot_edge.tensor_types import all_shapes, tensor_types
-
-FLOAT_BITS = {"f32": 32.0, "f16": 16.0}
-
-
-def bits_of(kind: str) -> float:
-    """Stored bits per weight of a grid or float type."""
-    return FLOAT_BITS[kind] if kind in FLOAT_TYPES else grid_spec(kind).bits_per_weight
-
-
-def candidates(width: int) -> list[str]:
-    """GGUF types for rows of `width` weights."""
-    return [name for name, spec in GGUF_GRIDS.items() if width % spec.block_size == 0]
 
 
 def target_bytes(family, config, recipe) -> float | None:
@@ -45,9 +34,8 @@ def allot(family, config, recipe, costs: dict[str, dict[str, float]], budget: fl
     """
     shapes = all_shapes(family, config)
     asked = tensor_types(family, config, recipe)
-    options = {name: _options(name, shapes[name], kind, costs, config) for name, kind in asked.items()}
-    rest = sum(4 * prod(shape) for name, shape in shapes.items() if name not in asked)
-    spare = budget - rest - 4 * len(config.rope_freq_factors() or [])
+    options = {name: _options(name, shapes[name], kind, costs, config, recipe) for name, kind in asked.items()}
+    spare = budget - _other_bytes(config, recipe, shapes, asked)
     picked = {name: min(points) for name, points in options.items()}  # by bytes, then by cost
     spare -= sum(point[0] for point in picked.values())
     spare = _climb(picked, {name: _hull(points) for name, points in options.items()}, spare)
@@ -60,20 +48,29 @@ def check_target(source, config, recipe) -> float:
     types take more."""
     budget, shapes = target_bytes(source.family, source.config, recipe), all_shapes(source.family, config)
     asked = tensor_types(source.family, config, recipe)
-    least = sum(min(point[0] for point in _options(name, shape, asked.get(name, "f32"), {}, config))
-                for name, shape in shapes.items()) + 4 * len(config.rope_freq_factors() or [])
+    least = _other_bytes(config, recipe, shapes, asked) + sum(
+        min(_options(name, shapes[name], kind, {}, config, recipe))[0] for name, kind in asked.items())
     if least > budget:
         raise InputError(f"the smallest types take {least:,.0f} bytes and {budget:,.0f} are asked for; "
                          "raise --target-size or --target-bpw")
     return budget
 
 
-def _options(name: str, shape, kind: str | None, costs, config) -> list[tuple[float, float, str]]:
+def _other_bytes(config, recipe, shapes, asked) -> float:
+    """Bytes of the tensors whose types nobody chooses: norms, biases and, in a GGUF, RoPE's factors."""
+    count = sum(prod(shape) for name, shape in shapes.items() if name not in asked)
+    factors = config.rope_freq_factors() if recipe.format == "gguf" else None
+    return (count + len(factors or [])) * bits_of("f32", recipe.dtype) / 8
+
+
+def _options(name: str, shape, kind: str | None, costs, config, recipe) -> list[tuple[float, float, str]]:
     """(bytes, cost, type) of what a tensor may be: one point where its type is given."""
-    kinds = candidates(shape[-1]) if kind is None else [fitting_type(kind, shape[-1])]
+    kinds = (candidates(shape[-1], recipe.format, recipe.dtype, recipe.group_size) if kind is None
+             else [fitting_type(kind, shape[-1])])
     if not kinds:
-        raise InputError(f"{name}: rows of {shape[-1]} weights fit no GGUF type; give it f16 with --tensor-type")
-    return [(prod(shape) * bits_of(kind) / 8, _cost(costs, name, kind, config), kind) for kind in kinds]
+        raise InputError(f"{name}: rows of {shape[-1]} weights fit no type of this format; give it f16 with "
+                         "--tensor-type")
+    return [(prod(shape) * bits_of(kind, recipe.dtype) / 8, _cost(costs, name, kind, config), kind) for kind in kinds]
 
 
 def _cost(costs, name: str, kind: str, config) -> float:

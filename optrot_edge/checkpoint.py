@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS, STORED_DTYPES, GridSpec, decode_scales, grid_spec
+from optrot_edge.journal import move_folder, restore_folder
 
 __all__ = ["FLOAT_TYPES", "GGUF_GRIDS", "MANIFEST", "CheckpointWriter", "GridSpec", "NoWriter",
            "QuantizedCheckpoint", "QuantizedTensor", "chosen_by_auto", "grid_spec"]
@@ -151,7 +152,6 @@ class CheckpointWriter:
         check_replaceable(self.path, overwrite)
         beside = self.path.absolute()  # "." has no name to build on
         self.work = beside.with_name(beside.name + ".partial")
-        self._replaced = beside.with_name(beside.name + ".replaced")
         self.tensors: dict[str, dict] = {}
         shutil.rmtree(self.work, ignore_errors=True)
         try:
@@ -164,9 +164,7 @@ class CheckpointWriter:
 
     def __exit__(self, *exc) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
-        if self._replaced.exists() and not self.path.exists():
-            self._replaced.rename(self.path)  # stopped between the two renames of `finish`
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        restore_folder(self.path)
 
     def kept(self, shard: str) -> None:
         """What an interrupted run left of `shard`: nothing here, see `optrot_edge.resume.WorkFolder`."""
@@ -190,9 +188,7 @@ class CheckpointWriter:
         text = manifest_text(manifest, self.tensors)
         try:
             (self.work / MANIFEST).write_text(text, encoding="utf-8")
-            if self.path.exists():
-                self.path.rename(self._replaced)
-            self.work.rename(self.path)
+            move_folder(self.work, self.path)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error}") from None
         return self.path

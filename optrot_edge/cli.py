@@ -1,4 +1,4 @@
-"""The command line: `optrot-edge export | rotate | quantize | eval | reference | inspect | doctor`.
+"""The command line: `optrot-edge export | rotate | quantize | eval | chat | reference | inspect | doctor`.
 
 Exit codes: 0 done, 1 internal failure, 2 bad input or usage, 130 interrupted.
 """
@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 
 from optrot_edge.errors import InputError, StorageError
-from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS
+from optrot_edge.formats import DEFAULT_BITS, DEFAULT_GROUP, DTYPES, GGUF_TYPES
+from optrot_edge.gridspec import MLX_BITS, MLX_GROUPS
 from optrot_edge.memory import parse_size
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import DEFAULT_TYPE
@@ -64,15 +65,23 @@ Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower 
 Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Format = Annotated[str | None, typer.Option(help="Package format: gguf (llama.cpp, the default) or mlx (mlx-lm).")]
 Type = Annotated[str | None, typer.Option(
-    help=f"Type of the decoder's matrices: {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}; llama.cpp's mixes "
-         f"{', '.join(PRESETS)}; in checkpoints only: int4-g128-sym, mlx-4bit-g64 and the like (default: "
+    help=f"Type of the decoder's matrices: {', '.join(GGUF_TYPES)}; llama.cpp's mixes "
+         f"{', '.join(PRESETS)}; for MLX see --bits; in checkpoints only: int4-g128-sym and the like (default: "
          f"{DEFAULT_TYPE}).")]
+Bits = Annotated[int | None, typer.Option(help=f"MLX: bits per weight, {', '.join(map(str, MLX_BITS))} (default: "
+                                               f"{DEFAULT_BITS}).")]
+GroupSize = Annotated[int | None, typer.Option(help="MLX: weights that share a scale and a bias, "
+                                                    f"{', '.join(map(str, MLX_GROUPS))} (default: {DEFAULT_GROUP}).")]
+Dtype = Annotated[str | None, typer.Option(help=f"MLX: what scales, biases and norms are stored in, "
+                                                f"{', '.join(DTYPES)} (default: the model's own).")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB or 800MB: activations go to "
                                                     "the disk where they do not fit (default: the machine's).")]
-EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding (default: --type).")]
+EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding, for MLX such as 6bit (default: "
+                                                        "--type).")]
 HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
-                                                   "a mix the mix's).")]
+                                                   "a mix the mix's, for MLX the rest's).")]
 TensorType = Annotated[list[str] | None, typer.Option(
     metavar="PATTERN=TYPE", help="Type of the matrices whose name the regular expression finds, such as "
                                  "ffn_down=q6_k or 'blk\\.[0-3]\\.attn_v=q8_0'; repeatable, the first "
@@ -99,6 +108,8 @@ Guidance = Annotated[str, typer.Option(help="none, or tokens: GPTQ weights them 
 Distill = Annotated[int, typer.Option(help="Epochs in which scales, mins and norm gains learn from the float model on "
                                            "windows besides --nsamples, codes fixed (0: none).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it would take.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="MLX: run the model file that the folder "
+                                                                           "brings.")]
 VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
 
 
@@ -119,8 +130,8 @@ def _emit(result: dict, show) -> None:
 def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, a GGUF file, or a checkpoint "
                                                      "made by `quantize`.")],
            out: Annotated[Path, typer.Option(help="The package to write.")],
-           format: Annotated[str, typer.Option(help="Package format: gguf.")] = "gguf",
-           type: Type = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
+           format: Format = None, type: Type = None, bits: Bits = None, group_size: GroupSize = None,
+           dtype: Dtype = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
            tensor_type: TensorType = None, target_bpw: TargetBpw = None, target_size: TargetSize = None,
            rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
            optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
@@ -140,18 +151,19 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
     with _reporter(quiet, json) as reporter:
         fields = _recipe_fields(ctx)
         given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
-        fields = given if pipeline.is_checkpoint(model) else fields
+        fields = (given if pipeline.is_checkpoint(model) else fields) | {"format": format}
         if dry_run:
-            return _emit(pipeline.plan(model, format=format, vocab_from=vocab_from, **fields), print_plan)
+            return _emit(pipeline.plan(model, packaged=True, vocab_from=vocab_from, **fields), print_plan)
         with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):
-            result = pipeline.export(model, out, format=format, overwrite=overwrite, restart=restart,
+            result = pipeline.export(model, out, overwrite=overwrite, restart=restart,
                                      checkpoint=checkpoint, vocab_from=vocab_from, progress=reporter.update, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
 
 
 @app.command()
 def quantize(model: Model, out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
-             type: Type = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
+             format: Format = None, type: Type = None, bits: Bits = None, group_size: GroupSize = None,
+             dtype: Dtype = None, embedding_type: EmbeddingType = None, head_type: HeadType = None,
              tensor_type: TensorType = None, target_bpw: TargetBpw = None, target_size: TargetSize = None,
              rotation: Rotation = "auto", rotate: Rotate = "r1,r2", scales: Scales = True, r4_block: R4Block = 256,
              optrot_objective: Objective = "all", optrot_solver: Solver = "polar", optrot_steps: Steps = None,
@@ -216,15 +228,17 @@ def rotate(model: Model, out: Annotated[Path, typer.Option(help="The rotation fi
 
 
 @app.command("eval")
-def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a checkpoint folder.")],
+def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX folder or a checkpoint folder.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
              windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
-             backend: Annotated[str | None, typer.Option(help="llama.cpp or torch (default: by kind).")] = None,
+             backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx or torch (default: by kind).")] = None,
              device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
+             kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
+             trust_remote_code: TrustRemoteCode = False,
              quiet: Quiet = False, json: Json = False):
     """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
     from optrot_edge import pipeline
@@ -234,11 +248,27 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package or a 
         pipeline.prepare_output(out, overwrite=True)
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
-                                   device=device, speed=speed,
+                                   device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)
     _emit(report, print_report)
+
+
+@app.command()
+def chat(package: Annotated[Path, typer.Argument(help="A .gguf package or an MLX folder.")],
+         prompt: Annotated[str, typer.Argument(help="The user's message.")],
+         max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+         device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+         trust_remote_code: TrustRemoteCode = False, quiet: Quiet = False, json: Json = False):
+    """One answer of PACKAGE in its real runtime, by its own chat template, always of the most likely tokens."""
+    from optrot_edge import pipeline
+
+    _reporter(quiet, json)
+    answer = pipeline.chat(package, prompt, max_tokens=max_tokens, device=device, trust_remote_code=trust_remote_code)
+    if json:
+        return _emit({"answer": answer}, print)
+    print(answer)  # --quiet too: it is what was asked for
 
 
 @app.command()
@@ -263,7 +293,8 @@ def reference(model: Model, text: Annotated[str, typer.Option(help="A file, buil
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF or a rotation file.")],
+def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF, an MLX folder or a "
+                                                      "rotation file.")],
             quiet: Quiet = False, json: Json = False):
     """What a file or folder holds: family, types, bits per weight, recipe, per-layer errors."""
     from optrot_edge.inspect import inspect_path

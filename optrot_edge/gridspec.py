@@ -90,7 +90,8 @@ GGUF_GRIDS = {spec.name: spec for spec in (
     GridSpec("mxfp4", 4, 32, "codebook", "e8m0", codebook=E2M1),
 )}
 FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
-FLOAT_TYPES = ("f32", "f16")
+FLOAT_TYPES = ("f32", "f16", "bf16")
+MLX_BITS = (2, 3, 4, 5, 6, 8)
 MLX_GROUPS = (32, 64, 128)
 MLX_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 

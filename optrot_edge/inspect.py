@@ -1,4 +1,4 @@
-"""What a file or folder holds, without loading it. GGUFs and checkpoints need no torch."""
+"""What a file or folder holds, without loading it. GGUFs, MLX packages and checkpoints need no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.models.mlx_folder import MlxFolder, is_mlx
 
 
 def inspect_path(path: str | Path) -> dict:
-    """A JSON-serialisable description of a checkpoint folder, GGUF, Hugging Face model or rotation file.
+    """A JSON-serialisable description of a checkpoint folder, GGUF, MLX folder, Hugging Face model or rotation file.
 
     Raises InputError when it is none of them, or damaged.
     """
@@ -21,6 +22,8 @@ def inspect_path(path: str | Path) -> dict:
         return _checkpoint(path)
     if path.is_file():
         return _rotation(path) if path.suffix == ".safetensors" else _gguf(path)
+    if (path / "config.json").is_file() and is_mlx(path):
+        return _mlx(path)
     return _model(path)
 
 
@@ -105,6 +108,22 @@ def _gguf(path: Path) -> dict:
             "tokenizer": plain("tokenizer.ggml.pre") or plain("tokenizer.ggml.model"),
             "bytes": file.size, "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight,
             "types": types.table}
+
+
+def _mlx(path: Path) -> dict:
+    folder, types = MlxFolder(path), _Types()
+    for tensor in folder.tensors.values():
+        types.add(tensor.kind, tensor.weights, tensor.bits)
+    config, text, ours = folder.config, folder.text_config, folder.optrot
+    about = {"rotation": ours.get("rotation")}
+    about |= {name: ours[name] for name in ("applied", "scales", "r3_block", "r4_block") if name in ours}
+    return {"kind": "MLX package", "path": str(path), "model_type": config.get("model_type"),
+            "layers": text.get("num_hidden_layers"), "hidden_size": text.get("hidden_size"),
+            "context_length": text.get("max_position_embeddings"), "tied_head": folder.tied_head, **about,
+            "needs_trust_remote_code": config.get("model_file") is not None,
+            "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight, "types": types.table,
+            "warnings": ours.get("warnings", [])}
 
 
 def _file_type(number) -> str | None:

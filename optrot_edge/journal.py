@@ -185,3 +185,43 @@ def remove_folder(folder: Path) -> None:
     """Delete a work folder, its journal first: what is half deleted must not look unfinished."""
     (folder / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """Hex digest of a file, or of a folder's files and their names."""
+    if not path.is_dir():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(f"{sha256(file)} {file.relative_to(path)}\n" for file in files).encode()).hexdigest()
+
+
+def move_into_place(new: Path, out: Path) -> None:
+    """Rename a finished file or folder, and what it replaces out of the way."""
+    if new.is_dir():
+        move_folder(new, out)
+    else:
+        new.replace(out)
+        sync_folder(out.absolute().parent)
+
+
+def move_folder(new: Path, out: Path) -> None:
+    """Rename the folder `new` to `out`; a folder that is there is set aside first, and deleted last."""
+    aside = _aside(out)
+    if out.exists():
+        remove_folder(aside)
+        out.rename(aside)
+    new.rename(out)
+    sync_folder(out.absolute().parent)
+    remove_folder(aside)
+
+
+def restore_folder(out: Path) -> None:
+    """Undo or end what a `move_folder` began that was stopped."""
+    aside = _aside(out)
+    if aside.exists() and not out.exists():
+        aside.rename(out)
+    remove_folder(aside)
+
+
+def _aside(out: Path) -> Path:
+    return out.absolute().with_name(out.absolute().name + ".replaced")

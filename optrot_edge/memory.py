@@ -8,6 +8,7 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES
 from optrot_edge.errors import InputError
+from optrot_edge.formats import bits_of
 
 OVERHEAD = 480 * 2**20  # torch, the tokenizer and the text, measured
 BATCH = 8  # calibration windows at a time
@@ -53,7 +54,7 @@ def working_set(config, recipe) -> dict[str, int]:
     q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer, widest = hidden * (2 * q_rows + 2 * kv_rows + 3 * ff), max(hidden, q_rows, ff)
     tokens = recipe.nsamples * recipe.seqlen if recipe.calibration != "none" else 0
-    stored = max(2 if kind not in FLOAT_TYPES else 2 * int(kind[1:]) // 8
+    stored = max(2 if kind not in FLOAT_TYPES else round(bits_of(kind)) // 4
                  for kind in (recipe.embedding_type or recipe.grid, recipe.head_type or "q8_0"))
     matrix = config.vocab_size * hidden * (stored + (12 if recipe.learns_with_data or recipe.has_target else 0))
     matrix += 4 * hidden * (16 * min(CHUNK, config.vocab_size) + 2 * min(config.vocab_size, tokens))

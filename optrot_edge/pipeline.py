@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import warnings
 from pathlib import Path
 
-from optrot_edge.checkpoint import FLOAT_TYPES, GGUF_GRIDS, NoWriter, QuantizedCheckpoint, chosen_by_auto
+from optrot_edge.checkpoint import NoWriter, QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import fingerprint, shaping_fields
+from optrot_edge.formats import check_format
 from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
 from optrot_edge.journal import remove_folder
 from optrot_edge.memory import must_spill
+from optrot_edge.packages import PACKAGES, without_metadata, write_package
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import Recipe
 from optrot_edge.resume import ResumableWriter, WorkFolder, package, was_packaged
@@ -25,9 +26,8 @@ from optrot_edge.rotating import (
     rotate,
     starting_point,
 )
-from optrot_edge.tensor_types import parse_overrides, tensor_types
+from optrot_edge.tensor_types import tensor_types
 
-FORMATS = ("gguf",)
 __all__ = ["evaluate", "export", "plan", "prepare_output", "quantize", "rotate", "write_reference"]
 
 
@@ -40,13 +40,14 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, res
     leaves nothing behind, and on a stopped run of other settings or inputs. Warns of numerical trouble that the result
     has, which the manifest keeps under "warnings". Under torchrun the processes share the work and only rank 0 writes.
     """
-    source, recipe, rotation = _opened(model, rotation, fields, progress)
+    source, recipe, rotation = _opened(model, rotation, fields, progress, False)
     with _writer(Path(out), overwrite, restart) as writer:
         return writer.finish(_quantize_into(writer, source, recipe, rotation, progress))
 
 
-def _opened(model, rotation, fields: dict, progress: Progress) -> tuple:
-    """The open model, the Recipe and the Rotation made before, if one is given, of `quantize`'s arguments."""
+def _opened(model, rotation, fields: dict, progress: Progress, vocab_from: str | Path | bool | None) -> tuple:
+    """The open model, the Recipe and the Rotation made before, if one is given, of `quantize`'s arguments, or of
+    `export`'s: `vocab_from` is False when no package is to be made."""
     needs_learn()
     from optrot_edge.models import open_model
     from optrot_edge.plan import check_widths
@@ -55,8 +56,15 @@ def _opened(model, rotation, fields: dict, progress: Progress) -> tuple:
         fields["rotation"], rotation = rotation, None
     elif rotation is not None:
         fields.setdefault("rotation", "none")  # nothing is to be made
-    recipe = Recipe(**fields)
+    format = fields.get("format") or "gguf"
+    check_format(format)
+    if format == "gguf" or fields.get("dtype"):
+        Recipe(**fields)  # refuses a bad one before the model is read, or downloaded
     source = open_model(model)
+    recipe = PACKAGES[format].recipe(source, fields)
+    if vocab_from is not False:
+        PACKAGES[format].refuse(source, recipe, vocab_from)
+        recipe = without_metadata(source, recipe, vocab_from)
     must_spill(source.config, recipe)  # refuses too small a --max-memory before any work
     for note in check_widths(source, recipe):
         progress("types", 1, 1, note)
@@ -132,9 +140,9 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, folder: W
     from optrot_edge.plan import check_widths
     from optrot_edge.quantize.numerics import warnings_of
     from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
-    from optrot_edge.rotations.fuse import RotatedModel
+    from optrot_edge.rotations.fuse import packaged
 
-    rotated = RotatedModel(source, rotation, inputs.device)
+    rotated = packaged(source, rotation, inputs.device)
     chosen, expected = inputs.allot(rotated.config) if recipe.has_target else (None, None)
     types = tensor_types(source.family, rotated.config, recipe, chosen)
     options = QuantizerOptions(types, recipe.quantizer, recipe.damp, recipe.act_order, recipe.asymmetric,
@@ -169,57 +177,49 @@ def _distill(source, recipe: Recipe, inputs: CalibrationInputs, folder: WorkFold
     return report
 
 
-def export(model: str | Path, out: str | Path, *, format: str = "gguf", overwrite: bool = False,
+def export(model: str | Path, out: str | Path, *, format: str | None = None, overwrite: bool = False,
            restart: bool = False, checkpoint: str | Path | None = None, vocab_from: str | Path | None = None,
            progress: Progress = quiet, **fields) -> dict:
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
-    With a model, `fields` are Recipe's, `checkpoint` keeps the intermediate checkpoint there, `target_size` is the size
-    of the whole file, and a run that was stopped goes on when it is started again (see `quantize`). Under torchrun only
-    rank 0 writes; the other processes get an empty summary.
+    `format` None: the one the checkpoint was made for, or gguf. With a model, `fields` are Recipe's, `checkpoint` keeps
+    the intermediate checkpoint there, `target_size` is the size of the whole package, and a run that was stopped goes
+    on when it is started again (see `quantize`). Under torchrun only rank 0 writes; the other processes get an empty
+    summary.
     """
-    out = Path(out)
-    _check_export(model, format, fields)
+    out, format = Path(out), _format_of(model, format, fields)
     place = out.with_name(out.name + ".checkpoint") if checkpoint is None else Path(checkpoint)
     if process_rank():  # of a torchrun launch: rank 0 packages what all have quantised
         if not is_checkpoint(model):
-            quantize(model, place, **fields)
+            quantize(model, place, format=format, **fields)
         return {}
-    prepare_output(out, overwrite or was_packaged(place, out))
+    PACKAGES[format].prepare(out, overwrite or was_packaged(place, out))
     if is_checkpoint(model):
-        return _export_gguf(model, out, overwrite, vocab_from, progress)
-    needs_learn()
-    _refuse_for_gguf(model, Recipe(**fields), vocab_from)
-    fields = _without_metadata(model, fields, vocab_from)
-    source, recipe, rotation = _opened(model, None, fields, progress)
+        return write_package(format, model, out, overwrite, vocab_from, progress)
+    source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, vocab_from)
     with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
         folder = _quantize_into(writer, source, recipe, rotation, progress)
         if checkpoint is not None:
             writer.finish(folder)
-        return package(folder, out, vocab_from, lambda path: _export_gguf(
-            folder.work, path, True, vocab_from, progress))
+        return package(folder, out, vocab_from, lambda path: write_package(
+            format, folder.work, path, True, vocab_from, progress))
 
 
-def plan(model: str | Path, *, format: str | None = None, vocab_from: str | Path | None = None, **fields) -> dict:
-    """What `export` into `format` (or `quantize`, without one) would do and cost; see optrot_edge.plan.
+def plan(model: str | Path, *, packaged: bool = False, format: str | None = None,
+         vocab_from: str | Path | None = None, **fields) -> dict:
+    """What `quantize`, or with `packaged` `export`, would do and cost; see optrot_edge.plan.
 
     Refuses what they would refuse before their work begins.
     """
-    if format is not None:
-        _check_export(model, format, fields)
-        if is_checkpoint(model):
-            from optrot_edge.plan import plan_checkpoint
+    format = _format_of(model, format, fields)
+    if packaged and is_checkpoint(model):
+        from optrot_edge.plan import plan_checkpoint
 
-            return plan_checkpoint(model, vocab_from)
-    needs_learn()
+        return plan_checkpoint(model, format, vocab_from)
     from optrot_edge.auto import candidates
-    from optrot_edge.models import open_model
     from optrot_edge.plan import make_plan, plan_choice
 
-    source, recipe = open_model(model), Recipe(**fields)
-    if format is not None:
-        _refuse_for_gguf(source, recipe, vocab_from)
-        recipe = Recipe(**_without_metadata(source, fields, vocab_from))
+    source, recipe, _ = _opened(model, None, fields | {"format": format}, quiet, vocab_from if packaged else False)
     check_windows(source, recipe)
     resolve_device(recipe.device)
     start = starting_point(source, recipe)
@@ -241,6 +241,16 @@ def evaluate(package: str | Path, reference: str | Path, *, text: str | None = N
     return evaluate_package(package, reference=reference, text=words, **options)
 
 
+def chat(package: str | Path, prompt: str, *, max_tokens: int = 128, **options) -> str:
+    """The package's greedy answer to `prompt`; options are those of `optrot_edge.runtime.backends.open_package`."""
+    from optrot_edge.runtime.backends import open_package
+
+    with open_package(package, **options) as runner:
+        if not hasattr(runner, "chat"):
+            raise InputError(f"{package} gives logits only; export it to chat with it")
+        return runner.chat(prompt, max_tokens)
+
+
 def write_reference(model: str | Path, out: str | Path, *, text: str, **options):
     """Score `text` with `model` into a reference file for devices without torch or the model."""
     from optrot_edge.quantize.calibration import load_text
@@ -254,56 +264,13 @@ def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / "optrot.json").is_file()
 
 
-def _check_export(model: str | Path, format: str, fields: dict) -> None:
-    if format not in FORMATS:
-        raise InputError(f"--format {format}: use {', '.join(FORMATS)}")
-    if fields and is_checkpoint(model):
+def _format_of(model: str | Path, format: str | None, fields: dict) -> str:
+    """The format of the package to make; InputError for an unknown one, and for `fields` of what is quantised."""
+    if format is not None:
+        check_format(format)
+    if not is_checkpoint(model):
+        return format or "gguf"
+    if fields:
         options = ", ".join("--" + name.replace("_", "-") for name in sorted(fields))
         raise InputError(f"{model} is already quantised; {options} cannot be changed now")
-
-
-def _refuse_for_gguf(model, recipe: Recipe, vocab_from: str | Path | None) -> None:
-    """Say before an hour of work what the exporter would refuse after it; `model` may be open."""
-    from optrot_edge.exporters.gguf_vocab import vocabulary
-    from optrot_edge.models import open_model
-
-    given = [("--type", recipe.grid), ("--embedding-type", recipe.embedding_type), ("--head-type", recipe.head_type),
-             *(("--tensor-type", kind) for kind in parse_overrides(recipe.tensor_type).values())]
-    for option, kind in given:
-        if kind is not None and kind not in GGUF_GRIDS and kind not in FLOAT_TYPES:
-            raise InputError(f"{option} {kind}: GGUF stores {', '.join((*GGUF_GRIDS, *FLOAT_TYPES))}")
-    which = set() if recipe.rotation == "none" else recipe.which
-    if "r4" in which:
-        raise InputError("--rotate r4: stock llama.cpp has no R4 and would run the file wrongly; "
-                         "use --rotate r1,r2 for GGUF")
-    if "r3" in which:
-        raise InputError("--rotate r3: llama.cpp rotates a quantised K/V cache itself; leave r3 out for GGUF")
-    source = open_model(model) if isinstance(model, str | Path) else model
-    own = source.path if source.kind == "gguf" else None
-    vocabulary(source.path, source.config.vocab_size, vocab_from=vocab_from or own)
-
-
-def _without_metadata(model, fields: dict, vocab_from: str | Path | None) -> dict:
-    """`fields` with the target size of a GGUF's tensors in the place of the file's; `model` may be open."""
-    if fields.get("target_size") is None:
-        return fields
-    from optrot_edge.exporters.gguf import metadata_bytes
-    from optrot_edge.exporters.gguf_plan import plan_of_model
-    from optrot_edge.models import open_model
-
-    source = open_model(model) if isinstance(model, str | Path) else model
-    with tempfile.TemporaryDirectory() as folder:
-        source.save_tokenizer(folder)
-        metadata = metadata_bytes(plan_of_model(source.config, Path(folder), vocab_from=vocab_from))
-    if fields["target_size"] <= metadata:
-        raise InputError(f"--target-size {fields['target_size']:,}: vocabulary and names alone take {metadata:,} bytes")
-    return fields | {"target_size": fields["target_size"] - metadata}
-
-
-def _export_gguf(checkpoint, out: Path, overwrite: bool, vocab_from, progress: Progress) -> dict:
-    from optrot_edge.exporters.gguf import export_gguf
-
-    checkpoint = QuantizedCheckpoint(checkpoint)
-    summary = export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=vocab_from,
-                          progress=lambda done, total, what: progress("write and verify", done, total, what))
-    return summary | chosen_by_auto(checkpoint.manifest)
+    return format or (QuantizedCheckpoint(model).manifest.get("recipe") or {}).get("format", "gguf")

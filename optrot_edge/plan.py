@@ -8,9 +8,10 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
-from optrot_edge.budget import bits_of, check_target
+from optrot_edge.budget import check_target
 from optrot_edge.checkpoint import FLOAT_TYPES, QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.formats import bits_of
 from optrot_edge.gridspec import SUPER_BLOCK, fitting_type
 from optrot_edge.memory import OVERHEAD, must_spill, stream_bytes, working_set
 from optrot_edge.tensor_types import all_shapes, part_of, tensor_types
@@ -41,9 +42,9 @@ def make_plan(source, recipe, rotation) -> dict:
     counts of the solver, GPTQ and the calibration passes (about right for SmolLM2-135M on two idle cores).
     Raises InputError for a type that does not fit the model's rows.
     """
-    from optrot_edge.rotations.fuse import RotatedModel
+    from optrot_edge.rotations.fuse import packaged
 
-    original, config = source.config, RotatedModel(source, rotation).config
+    original, config = source.config, packaged(source, rotation).config
     parts, types = _parts(source, config, recipe), _types(source.family, config, recipe)
     weights = sum(map(prod, all_shapes(source.family, config).values()))
     peak, flops = _effort(config, recipe, rotation.applied)
@@ -89,9 +90,9 @@ def plan_choice(source, recipe, arms: list, start_of: Callable) -> dict:
 def stored_bytes(source, rotation, recipe) -> float:
     """Bytes of all tensors as a package stores them, for an open model, a Rotation (learned or not), a Recipe; with a
     target size, that."""
-    from optrot_edge.rotations.fuse import RotatedModel
+    from optrot_edge.rotations.fuse import packaged
 
-    return sum(_parts(source, RotatedModel(source, rotation).config, recipe).values())
+    return sum(_parts(source, packaged(source, rotation).config, recipe).values())
 
 
 def _parts(source, config, recipe) -> dict[str, float]:
@@ -100,8 +101,9 @@ def _parts(source, config, recipe) -> dict[str, float]:
         return {OPEN: check_target(source, config, recipe)}
     parts = {"body": 0.0, "embedding": 0.0, "head": 0.0, "norms and biases": 0.0}
     for part, kind, shape in _tensors(source.family, config, recipe):
-        parts[part] += prod(shape) * bits_of(kind) / 8
-    parts["norms and biases"] += 4 * len(config.rope_freq_factors() or [])
+        parts[part] += prod(shape) * bits_of(kind, recipe.dtype) / 8
+    if recipe.format == "gguf":
+        parts["norms and biases"] += 4 * len(config.rope_freq_factors() or [])
     return parts
 
 
@@ -147,6 +149,10 @@ def _types(family, config, recipe) -> dict[str, str]:
     for part, kind, shape in _tensors(family, config, recipe):
         sizes = found.setdefault(part, {})
         sizes[kind] = sizes.get(kind, 0) + prod(shape)
+    return _most_first(found)
+
+
+def _most_first(found: dict[str, dict[str, int]]) -> dict[str, str]:
     return {part: ", ".join(sorted(sizes, key=sizes.get, reverse=True)) for part, sizes in found.items()}
 
 
@@ -242,23 +248,38 @@ def _statistics_flops(config, recipe) -> int:
             + 16 * SENSITIVITY_TOKENS * (body + _matrix(config)))
 
 
-def plan_checkpoint(path: str | Path, vocab_from: str | Path | None = None) -> dict:
+def plan_checkpoint(path: str | Path, format: str, vocab_from: str | Path | None = None) -> dict:
     """The same plan for packaging an existing checkpoint; InputError for what the exporter refuses."""
-    from optrot_edge.exporters.gguf_plan import plan_gguf
-
     checkpoint = QuantizedCheckpoint(path)
-    plan, model = plan_gguf(checkpoint, vocab_from=vocab_from), checkpoint.manifest["model"]
-    types: dict[str, str] = {}
+    rows, notes = _package_tensors(checkpoint, format, vocab_from)
+    types: dict[str, dict[str, int]] = {}
     parts: dict[str, float] = {}
-    for tensor in plan.tensors:
-        part = {"embed_tokens.weight": "embedding", "lm_head.weight": "head"}.get(tensor.source, "body")
-        part = part if len(tensor.shape) == 2 else "norms and biases"
-        parts[part] = parts.get(part, 0) + tensor.nbytes
-        if len(tensor.shape) == 2:
-            types[part] = tensor.type.name.lower()
-    largest = max(prod(tensor.shape) for tensor in plan.tensors)
+    for source, kind, shape, nbytes in rows:
+        part = {"embed_tokens.weight": "embedding", "lm_head.weight": "head"}.get(source, "body")
+        part = part if len(shape) == 2 else "norms and biases"
+        parts[part] = parts.get(part, 0) + nbytes
+        if len(shape) == 2:
+            sizes = types.setdefault(part, {})
+            sizes[kind] = sizes.get(kind, 0) + prod(shape)
+    model, total = checkpoint.manifest["model"], sum(parts.values())
+    largest = max(prod(shape) for _, _, shape, _ in rows)
     return {"family": model["family"], "name": model["name"], "layers": model["num_hidden_layers"],
             "rotated": (checkpoint.manifest.get("rotation") or {}).get("applied", []), "unties_head": False,
-            "types": types, "bytes": plan.nbytes, "bytes_by_part": parts,
-            "bits_per_weight": 8 * plan.nbytes / plan.weights,
-            "peak_memory_bytes": LIGHT_OVERHEAD + 12 * largest, "seconds": round(plan.nbytes / EXPORT_RATE + 1)}
+            "types": _most_first(types), "notes": notes, "bytes": total, "bytes_by_part": parts,
+            "bits_per_weight": 8 * total / sum(prod(shape) for source, _, shape, _ in rows if source),
+            "peak_memory_bytes": LIGHT_OVERHEAD + 12 * largest, "seconds": round(total / EXPORT_RATE + 1)}
+
+
+def _package_tensors(checkpoint: QuantizedCheckpoint, format: str, vocab_from) -> tuple[list[tuple], list[str]]:
+    """(name in the checkpoint, type, shape, bytes) of every tensor of the package, and remarks."""
+    if format == "mlx":
+        from optrot_edge.exporters.mlx_plan import plan_mlx
+
+        plan = plan_mlx(checkpoint)
+        return [(tensor.source, tensor.spec.name if tensor.spec else plan.dtype, tensor.shape, plan.size_of(tensor))
+                for tensor in plan.tensors], plan.notes
+    from optrot_edge.exporters.gguf_plan import plan_gguf
+
+    plan = plan_gguf(checkpoint, vocab_from=vocab_from)
+    return [(tensor.source, tensor.type.name.lower(), tensor.shape, tensor.nbytes)
+            for tensor in plan.tensors], plan.notes

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
+from optrot_edge.formats import DTYPES, check_format, full_type, mlx_type
 from optrot_edge.memory import parse_size
 from optrot_edge.rotations.options import OptRotOptions
 from optrot_edge.tensor_types import base_grid, parse_overrides
@@ -26,9 +27,12 @@ class Recipe:
     (`optrot_edge.tensor_types.PRESETS`); None means q4_0. `embedding_type` None means the body's, `head_type` None
     means q8_0, in a mix the mix's (a tied matrix takes the head's type). `tensor_type`: PATTERN=TYPE entries that go
     before all of these.
-    `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: GGUF types by
+    `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: types by
     measured KL per byte, see `optrot_edge.budget`; `embedding_type` and `head_type` None are then
-    decided with the rest. `rotation` is
+    decided with the rest.
+    `format` is the package that all this is for, None: gguf. For "mlx", `bits` and `group_size` stand for `type` (4 and
+    64), embedding and head have that type too where no other is given, short names as `6bit` will do, and `dtype` is
+    the package's (None: float16); with a target size `group_size` leaves the bits open only. `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
@@ -41,7 +45,11 @@ class Recipe:
     `calibration` is "builtin", a text file, a hub dataset, or "none" (only with quantizer rtn).
     """
 
+    format: str | None = None
     type: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    dtype: str | None = None
     embedding_type: str | None = None
     head_type: str | None = None
     tensor_type: list[str] = field(default_factory=list)
@@ -130,6 +138,13 @@ class Recipe:
         lower = lambda kind: kind and kind.lower()  # noqa: E731
         self.type, self.embedding_type, self.head_type = map(lower, (self.type, self.embedding_type, self.head_type))
         self.tensor_type = list(self.tensor_type or ())
+        self.format = self.format or "gguf"
+        check_format(self.format)
+        if self.format == "mlx":
+            self._check_mlx()
+        elif not self.bits == self.group_size == self.dtype is None:
+            raise InputError("--bits, --group-size and --dtype are for --format mlx; GGUF's types are chosen with "
+                             "--type")
         parse_overrides(self.tensor_type)
         for kind in (self.embedding_type, self.head_type):
             if kind is not None and kind not in FLOAT_TYPES:
@@ -146,6 +161,21 @@ class Recipe:
             raise InputError("--target-bpw must be above 0 and below 32, --target-size above 0")
         if self.calibration == "none":
             raise InputError("a target size is met by what calibration measures; give --calibration")
+
+    def _check_mlx(self) -> None:
+        """Full names of all types."""
+        self.dtype = self.dtype or "float16"
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype {self.dtype}: use {', '.join(DTYPES)}")
+        full = lambda kind: kind and full_type(kind, self.dtype, self.group_size)  # noqa: E731
+        self.type, self.embedding_type, self.head_type = map(full, (self.type, self.embedding_type, self.head_type))
+        self.tensor_type = [f"{pattern}={full(kind.strip().lower())}" for pattern, _, kind in
+                            (entry.rpartition("=") for entry in self.tensor_type)]
+        named = mlx_type(self.bits, self.group_size, self.dtype)
+        if self.type is None and not self.has_target:
+            self.type = named
+        if self.bits is not None and self.type != named:
+            raise InputError("--bits says what --type, --target-bpw and --target-size say too; give one of them")
 
     def _check_asymmetric(self) -> None:
         able = self.quantizer == "gptq" and self.nsamples > 1 and self.grid not in FLOAT_TYPES

@@ -16,7 +16,19 @@ from safetensors import SafetensorError
 from optrot_edge.checkpoint import MANIFEST, Tensors, check_replaceable, manifest_text, read_shard, save_shard
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.fingerprint import differences
-from optrot_edge.journal import JOURNAL, Journal, Lock, commit, remove_folder, sha256, sync_folder
+from optrot_edge.journal import (
+    JOURNAL,
+    Journal,
+    Lock,
+    commit,
+    digest,
+    move_folder,
+    move_into_place,
+    remove_folder,
+    restore_folder,
+    sha256,
+    sync_folder,
+)
 
 ROTATION = "rotation.safetensors"  # learned once; not part of a checkpoint
 
@@ -121,17 +133,17 @@ def package(folder: WorkFolder, out: Path, vocab_from: str | Path | None, export
     """
     new, asked = out.with_name(out.name + ".new"), vocab_from and sha256(vocab_from)
     made = folder.journal.about(PACKAGE)
-    if made and made["vocab_from"] == asked and out.is_file() and sha256(out) == made["sha256"]:
+    restore_folder(out)
+    if made and made["vocab_from"] == asked and out.exists() and digest(out) == made["sha256"]:
         return made["summary"]
     try:
         summary = export(new) | {"path": str(out)}
-        folder.journal.note(PACKAGE, {"sha256": sha256(new), "vocab_from": asked, "summary": summary})
-        new.replace(out)
-        sync_folder(out.absolute().parent)
+        folder.journal.note(PACKAGE, {"sha256": digest(new), "vocab_from": asked, "summary": summary})
+        move_into_place(new, out)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from None
     finally:
-        new.unlink(missing_ok=True)
+        remove_folder(new) if new.is_dir() else new.unlink(missing_ok=True)
     return summary
 
 
@@ -139,11 +151,11 @@ def was_packaged(checkpoint: Path, out: Path) -> bool:
     """Whether `out` was made by a run, with its checkpoint at `checkpoint`, that was killed before it tidied up."""
     beside = checkpoint.absolute()
     work = beside.with_name(beside.name + ".partial")
-    folders = [beside, work, *work.glob("*/")] if out.is_file() else []
-    notes = [journal.about(PACKAGE) for journal in map(Journal.load, folders) if journal is not None]
-    if any(note and note["sha256"] == sha256(out) for note in notes):
+    folders = [beside, work, *work.glob("*/")] if out.exists() else []
+    notes = [note for journal in map(Journal.load, folders) if journal and (note := journal.about(PACKAGE))]
+    if notes and digest(out) in (note["sha256"] for note in notes):
         return True
-    if out.is_file() and work.with_name(work.name + ".lock").exists():
+    if out.exists() and work.with_name(work.name + ".lock").exists():
         with ResumableWriter(checkpoint, temporary=True) as writer:
             writer.clear_leftovers()
     return False
@@ -168,7 +180,6 @@ class ResumableWriter:
         self.resume = resume
         beside = self.path.absolute()  # "." has no name to build on
         self.work = beside.with_name(beside.name + ".partial")
-        self._replaced = beside.with_name(beside.name + ".replaced")
         self._folders: list[WorkFolder] = []
         self._lock = Lock(self.work.with_name(self.work.name + ".lock"))
         try:
@@ -228,11 +239,7 @@ class ResumableWriter:
         if folder.work == self.path:
             return self.path
         try:
-            if self.path.exists():
-                remove_folder(self._replaced)
-                self.path.rename(self._replaced)
-            folder.work.rename(self.path)
-            sync_folder(self.path.absolute().parent)
+            move_folder(folder.work, self.path)
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error}") from None
         folder.work = folder.journal.folder = self.path
@@ -247,9 +254,7 @@ class ResumableWriter:
                 remove_folder(self.work)
                 if any(folder.work == self.path for folder in self._folders):
                     Journal(self.path, {}).clear(ROTATION)
-            if self._replaced.exists() and not self.path.exists():
-                self._replaced.rename(self.path)  # stopped between the two renames of `finish`
-            remove_folder(self._replaced)
+            restore_folder(self.path)
         finally:
             self._lock.release()
 

@@ -13,6 +13,7 @@ from math import prod
 
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import FLOAT_TYPES, SUPER_BLOCK, grid_spec
+from optrot_edge.models.family import HEAD_MIX
 
 Rule = Callable[[int, int], str | None]  # layer, layers → type, or None for the base's
 
@@ -66,7 +67,7 @@ def base_grid(kind: str) -> str:
 def head_grid(kind: str, hidden_size: int) -> str:
     """The type of the head where the body is `kind` and nothing else is asked for."""
     if kind not in PRESETS:
-        return "q8_0"
+        return kind if kind.startswith("mlx-") else "q8_0"  # mlx-lm treats it as the rest
     return "q8_0" if hidden_size % SUPER_BLOCK else PRESETS[kind].head
 
 
@@ -79,8 +80,8 @@ def all_shapes(family, config) -> dict[str, tuple[int, ...]]:
 
 
 def part_of(name: str, config) -> str:
-    """"body", "embedding" or "head" of a matrix; a tied one is the head."""
-    if name == "lm_head.weight" or (name == "embed_tokens.weight" and config.tie_word_embeddings):
+    """"body", "embedding" or "head" of a matrix; a tied one is the head, and so is what it is tied through."""
+    if name in ("lm_head.weight", HEAD_MIX) or (name == "embed_tokens.weight" and config.tie_word_embeddings):
         return "head"
     return "embedding" if name == "embed_tokens.weight" else "body"
 
@@ -89,12 +90,15 @@ def tensor_types(family, config, recipe, chosen: dict[str, str] | None = None) -
     """The type asked for of every matrix, by canonical name (`layers.3.q_proj.weight`).
 
     `chosen` has what a target size allotted; without it such types are None. Rows that a type does not fit get
-    `gridspec.fitting_type`'s later.
+    `gridspec.fitting_type`'s later. The matrix that a head is tied through stays float, whatever the recipe says.
     Raises InputError for an override that matches nothing.
     """
     overrides, used, types = parse_overrides(recipe.tensor_type), set(), {}
     for name, shape in all_shapes(family, config).items():
         if len(shape) == 1:
+            continue
+        if name == HEAD_MIX:  # f16 loses a thousandth of what an 8-bit head does
+            types[name] = "f32" if types["embed_tokens.weight"] == "f32" else "f16"
             continue
         types[name] = (chosen or {}).get(name) or _by_recipe(name, config, recipe, family)
         gguf_name = family.gguf_name(name)

@@ -135,7 +135,8 @@ def print_report(report: dict) -> None:
     if report.get("decode_tokens_per_s"):
         table.add_row("tokens/s, prefill / decode",
                       f"{report['prefill_tokens_per_s']:.0f} / {report['decode_tokens_per_s']:.0f}")
-    table.add_row("scored", f"{report['tokens']:,} tokens in {report['runtime']}")
+    cache = f", keys and values in {report['kv_bits']} bits" if report.get("kv_bits") else ""
+    table.add_row("scored", f"{report['tokens']:,} tokens in {report['runtime']}{cache}")
     Console().print(table)
 
 

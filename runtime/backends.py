@@ -8,9 +8,12 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import MANIFEST
 from optrot_edge.errors import InputError
+from optrot_edge.models.mlx_folder import MlxFolder, is_mlx
 from optrot_edge.runtime.imports import installed, require
 
-BACKENDS = ("llama.cpp", "torch")
+BACKENDS = ("llama.cpp", "mlx", "torch")
+_RUNS = {"gguf": ("llama.cpp", "torch"), "checkpoint": ("torch",), "mlx": ("mlx",), "hf": ("torch", "mlx")}
+_WHAT = {"gguf": "a GGUF", "checkpoint": "a quantised checkpoint", "mlx": "an MLX package", "hf": "a model folder"}
 
 
 def local_path(model: str | Path) -> Path:
@@ -25,13 +28,16 @@ def local_path(model: str | Path) -> Path:
 
 
 def kind_of(path: str | Path) -> str:
-    """"gguf", "checkpoint", "hf" (folder) or "reference" (file). Raises InputError."""
+    """"gguf", "checkpoint", "mlx" (a package), "hf" (a float model's folder) or "reference" (a file).
+
+    Raises InputError.
+    """
     path = Path(path)
     if path.is_dir():
         if (path / MANIFEST).is_file():
             return "checkpoint"
         if (path / "config.json").is_file():
-            return "hf"
+            return "mlx" if is_mlx(path) else "hf"
         raise InputError(f"{path}: a folder with neither {MANIFEST} nor config.json")
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
@@ -40,54 +46,71 @@ def kind_of(path: str | Path) -> str:
     with path.open("rb") as handle:
         if handle.read(4) == b"GGUF" or path.suffix == ".gguf":
             return "gguf"
-    raise InputError(f"{path}: neither a GGUF, a quantised checkpoint, a model folder nor a reference file "
-                     "(.json)")
+    raise InputError(f"{path}: neither a GGUF, a quantised checkpoint, an MLX package, a model folder nor a "
+                     "reference file (.json)")
 
 
 def _checked(backend: str | None) -> str | None:
     if backend not in (None, *BACKENDS):
-        raise InputError(f"unknown backend {backend!r}; use {' or '.join(BACKENDS)}")
+        raise InputError(f"unknown backend {backend!r}; use {', '.join(BACKENDS)}")
     return backend
 
 
-def open_backend(path: str | Path, backend: str | None, device: str):
-    """A backend that gives logits of the model at `path`; see `LlamaCppBackend` and `TorchBackend`."""
+def open_backend(path: str | Path, backend: str | None, device: str, **options):
+    """A backend that gives logits of the model at `path`; see `LlamaCppBackend`, `MlxBackend` and `TorchBackend`."""
     from optrot_edge.runtime.llama_cpp import LlamaCppBackend
+    from optrot_edge.runtime.mlx import MlxBackend
     from optrot_edge.runtime.torch_reference import TorchBackend
 
-    if backend == "torch":
-        return TorchBackend(path, device=device)
-    return LlamaCppBackend(path, device=device)
+    kinds = {"torch": TorchBackend, "mlx": MlxBackend}
+    return kinds.get(backend, LlamaCppBackend)(path, device=device, **options)
 
 
-def open_package(path: str | Path, backend: str | None = None, device: str = "cpu"):
-    """A package's backend: llama.cpp for a GGUF unless `backend` says torch, torch for a checkpoint."""
-    kind = kind_of(path)
-    if kind not in ("gguf", "checkpoint"):
-        raise InputError(f"{path}: not a package; give a .gguf or a folder that `optrot-edge quantize` wrote")
-    backend = _checked(backend) or ("llama.cpp" if kind == "gguf" else "torch")
-    if kind == "checkpoint" and backend != "torch":
-        raise InputError(f"{path}: a quantised checkpoint runs in torch only; export it to GGUF for "
-                         "llama.cpp")
+def open_package(path: str | Path, backend: str | None = None, device: str = "cpu", *, kv_bits: int | None = None,
+                 trust_remote_code: bool = False):
+    """A package's backend: llama.cpp for a GGUF unless `backend` says torch, torch for a checkpoint, mlx for MLX.
+
+    A float model's folder is a package if MLX wrote it, or with `backend` "mlx". kv_bits, trust_remote_code: see
+    `MlxBackend`; InputError for other backends.
+    """
+    kind, backend = kind_of(path), _checked(backend)
+    if kind == "hf" and (backend == "mlx" or (backend is None and MlxFolder(path).written_by_mlx)):
+        kind = "mlx"
+    if kind not in ("gguf", "checkpoint", "mlx"):
+        raise InputError(f"{path}: not a package; give a .gguf, an MLX folder or a folder that `optrot-edge quantize` "
+                         "wrote")
+    backend = _fitting(path, kind, backend or _RUNS[kind][0])
+    if backend == "mlx":
+        return open_backend(path, backend, device, kv_bits=kv_bits, trust_remote_code=trust_remote_code)
+    for option, given in (("--kv-bits", kv_bits is not None), ("--trust-remote-code", trust_remote_code)):
+        if given:
+            raise InputError(f"{option} is for MLX packages; {path} runs in {backend}")
     return open_backend(path, backend, device)
 
 
-def open_reference(path: str | Path, backend: str | None = None, device: str = "cpu"):
+def open_reference(path: str | Path, backend: str | None = None, device: str = "cpu", *,
+                   trust_remote_code: bool = False):
     """The backend of a reference model.
 
     A GGUF is dequantised and computed in float32 torch when torch is installed, otherwise it runs in
-    llama.cpp; a Hugging Face folder or a checkpoint runs in torch. The report names what was used.
+    llama.cpp; a Hugging Face folder or a checkpoint runs in torch, an MLX package in mlx. The report names what was
+    used. trust_remote_code: see `MlxBackend`.
     """
     kind = kind_of(path)
     if kind == "reference":
         raise InputError(f"{path}: a reference file is not a model")
     backend = _checked(backend)
     if backend is None:
-        has_torch = installed("torch")
-        backend = "llama.cpp" if kind == "gguf" and not has_torch else "torch"
-    if kind != "gguf" and backend != "torch":
-        raise InputError(f"{path}: llama.cpp runs GGUF files only; leave the reference's backend to torch")
-    return open_backend(path, backend, device)
+        backend = "torch" if kind == "gguf" and installed("torch") else _RUNS[kind][0]
+    backend = _fitting(path, kind, backend)
+    return open_backend(path, backend, device, **({"trust_remote_code": trust_remote_code} if backend == "mlx" else {}))
+
+
+def _fitting(path: str | Path, kind: str, backend: str) -> str:
+    if backend not in _RUNS[kind]:
+        raise InputError(f"{path}: {_WHAT[kind]} runs in {' or '.join(_RUNS[kind])} only, not in {backend}; leave "
+                         "--backend out, or export the model for that runtime")
+    return backend
 
 
 def size_on_disk(path: str | Path) -> int:
@@ -99,8 +122,11 @@ def size_on_disk(path: str | Path) -> int:
 
 def bits_per_weight(path: str | Path) -> float:
     """Stored bits of the package's tensors divided by their number of weights."""
-    if kind_of(path) == "gguf":
+    kind = kind_of(path)
+    if kind == "gguf":
         return _gguf_bits_per_weight(path)
+    if kind in ("mlx", "hf"):
+        return MlxFolder(path).bits_per_weight
     from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
 
     return DecodedCheckpoint(path).stored_bits_per_weight

@@ -10,6 +10,7 @@ import numpy as np
 from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.models.config import ModelConfig
+from optrot_edge.models.family import HEAD_MIX
 from optrot_edge.runtime.imports import require
 
 
@@ -52,6 +53,10 @@ class DecodedCheckpoint:
     def final_norm(self, dtype=None):
         """Gain of the last norm [hidden]."""
         return self._tensor("norm.weight", dtype)
+
+    def head_mix(self, dtype=None):
+        """The linear [hidden, hidden] through which the head is tied to the embedding, or None."""
+        return self._tensor(HEAD_MIX, dtype) if self.config.head_mix else None
 
     def lm_head(self, dtype=None):
         """Output head [vocab, hidden], None when tied to the embedding."""

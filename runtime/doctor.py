@@ -25,6 +25,7 @@ _PACKAGES = (
     ("triton", "triton", "learn", "GPU kernels (Linux)"),
     ("datasets", "datasets", "eval", "calibration and evaluation text from the hub"),
     ("mlx", "mlx", "mlx", "MLX packages"),
+    ("mlx_lm", "mlx-lm", "mlx", "running and checking MLX packages"),
     ("onnxruntime", "onnxruntime", "onnx", "ONNX packages"),
 )
 # Instruction sets that llama.cpp's CPU kernels use.
@@ -47,7 +48,7 @@ def _row(kind: str, name: str, usable: bool, detail: str, install: str = "") -> 
 
 
 def _package(module: str, distribution: str, extra: str | None, purpose: str, probe: bool) -> dict:
-    kind = "runtime" if module in ("llama_cpp", "torch", "mlx", "onnxruntime") else "library"
+    kind = "runtime" if module in ("llama_cpp", "torch", "mlx_lm", "onnxruntime") else "library"
     target = f'"optrot-edge[{extra}]"' if extra else distribution
     install = f"pip install {target}"
     if not installed(module):

@@ -24,14 +24,15 @@ from optrot_edge.runtime.text import PROBE, GgufTokenizer, cut_windows, open_tok
 def evaluate_package(package: str | Path, *, reference: str | Path, text: str | None = None,
                      windows: int | None = None, window: int | None = None, backend: str | None = None,
                      reference_backend: str | None = None, device: str = "cpu", speed: bool = True,
-                     progress=None) -> dict:
-    """Score `package` (a .gguf or a checkpoint folder) against `reference`.
+                     kv_bits: int | None = None, trust_remote_code: bool = False, progress=None) -> dict:
+    """Score `package` (a .gguf, an MLX folder or a checkpoint folder) against `reference`.
 
-    reference: a model (.gguf, Hugging Face folder, checkpoint) or a reference file (.json, .json.gz).
+    reference: a model (.gguf, Hugging Face or MLX folder, checkpoint) or a reference file (.json, .json.gz).
     text: the evaluation text; optional with a reference file, which holds its windows. windows, window:
     how many (default: all there are, at most 32) of how many tokens (default 256). backend,
-    reference_backend: "llama.cpp" or "torch", default by kind. speed: also time llama.cpp. progress: called
-    with (done, total, what).
+    reference_backend: "llama.cpp", "mlx" or "torch", default by kind. speed: also time llama.cpp or MLX. kv_bits: 4 or
+    8, keep an MLX package's keys and values in so many bits. trust_remote_code: run the model files that MLX folders
+    bring. progress: called with (done, total, what).
 
     The package's own tokenizer cuts the text; BOS begins every window if the package adds BOS. KL is in nats.
     `kl_is_lower_bound` is true against a reference file: the KL then lies between `kl_mean` and
@@ -43,7 +44,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
     began = time.perf_counter()
     reference = backends.local_path(reference)
     from_file = backends.kind_of(reference) == "reference"
-    with backends.open_package(package, backend, device) as runner:
+    with backends.open_package(package, backend, device, kv_bits=kv_bits,
+                               trust_remote_code=trust_remote_code) as runner:
         if from_file:
             stored = read_reference(reference)
             chosen = _windows_of(stored, package, runner, text, windows, window)
@@ -52,7 +54,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
             count, length = len(chosen), stored.tokens.shape[1]
         else:
             tokens = tokenize_for(package, reference, text, window, windows)
-            with backends.open_reference(reference, reference_backend, device) as original:
+            with backends.open_reference(reference, reference_backend, device,
+                                         trust_remote_code=trust_remote_code) as original:
                 _same_vocabulary(runner, original.vocab_size, original.name)
                 _fits(runner, tokens), _fits(original, tokens)
                 scores = score_windows(runner, original, tokens, progress)
@@ -67,6 +70,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
         report |= {"package": Path(package).name, "reference": source, "reference_runtime": used,
                    "runtime": f"{runner.runtime} ({runner.version})", "device": device,
                    "text_sha256": stored.text_sha256 if from_file else text_sha256(text)}
+        if kv_bits is not None:
+            report["kv_bits"] = kv_bits
         report |= _speed(runner, speed)
     report |= {"bytes": backends.size_on_disk(package), "bits_per_weight": backends.bits_per_weight(package)}
     return report | {"seconds": time.perf_counter() - began}

@@ -66,7 +66,7 @@ def cut_windows(ids: list[int], window: int | None = None, windows: int | None =
 
 
 class HfTokenizer:
-    """`tokenizer.json` of a Hugging Face folder. Special tokens in a text are read as plain text."""
+    """`tokenizer.json` of a Hugging Face folder."""
 
     def __init__(self, folder: Path):
         tokenizers = require("tokenizers", "learn", "a Hugging Face tokenizer")
@@ -78,12 +78,20 @@ class HfTokenizer:
             raise InputError(f"{folder}/tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
         self._config = _read_config(folder / "tokenizer_config.json")
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of `text`, without a beginning-of-sequence token."""
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text`, without a beginning-of-sequence token. special: read `<|…|>` marks as control tokens.
+
+        Raises InputError for lone surrogates.
+        """
+        text_sha256(text)
+        self._tokenizer.encode_special_tokens = not special
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def detokenize(self, ids: list[int], *, special: bool = True) -> str:
+        """Text of token ids; special False leaves control tokens out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     @property
     def bos(self) -> int | None:

@@ -1,6 +1,7 @@
 """Settings and tiny models shared by every test of the session."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,33 @@ def tiny(tmp_path_factory):
         return folders[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def mlx(tmp_path_factory):
+    """`mlx(case, **options)`: the tiny float model and its MLX folder, made once; do not write into them.
+
+    `options` are mlx_lm.convert's.
+    """
+    from tests.mlx_models import convert, save_float
+
+    made = {}
+
+    def folders(case: str, **options):
+        key = (case, *sorted(options.items()))
+        if key not in made:
+            root = tmp_path_factory.mktemp(case)
+            source = folders(case)[0] if options else save_float(root / "float", case)
+            made[key] = source, convert(source, root / "mlx", **options)
+        return made[key]
+
+    return folders
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """`copied(folder)`: a copy that a test may spoil."""
+    return lambda folder: Path(shutil.copytree(folder, tmp_path / "copied" / folder.name, dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="session")

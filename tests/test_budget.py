@@ -10,9 +10,10 @@ import gguf
 import numpy as np
 import pytest
 
-from optrot_edge.budget import allot, bits_of, candidates, check_target
+from optrot_edge.budget import allot, check_target
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
+from optrot_edge.formats import bits_of, candidates
 from optrot_edge.models import open_model
 from optrot_edge.recipe import Recipe
 from optrot_edge.tensor_types import all_shapes

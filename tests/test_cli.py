@@ -15,7 +15,7 @@ from optrot_edge.checkpoint import QuantizedCheckpoint
 from tests.cli_runner import RTN, child, left, refused, run, run_ok
 from tests.road import FAST_OPTIONS, save_model
 
-COMMANDS = ("export", "quantize", "rotate", "eval", "reference", "inspect", "doctor")
+COMMANDS = ("export", "quantize", "rotate", "eval", "chat", "reference", "inspect", "doctor")
 
 
 # what is printed

@@ -97,25 +97,26 @@ def test_killed_at_random_moments(command, fields, models, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["quantize", "overwrite", "export", "export with checkpoint"])
+@pytest.mark.parametrize("what", ["quantize", "overwrite", "export", "export with checkpoint", "export mlx",
+                                  "export mlx overwrite"])
 def test_killed_before_every_operation_on_the_disk(what, models, tmp_path):
     """Every moment at which what is on the disk changes."""
-    model, arguments = models["one layer"], dict(RTN)
+    model, arguments, overwrite = models["one layer"], dict(RTN), what.endswith("overwrite")
+    arguments |= {"format": "mlx"} if "mlx" in what else {}
+    command = pipeline.export if what.startswith("export") else pipeline.quantize
 
     def run(folder):
-        if what.startswith("export"):
-            kept = {"checkpoint": folder / "c"} if what.endswith("checkpoint") else {}
-            return lambda: pipeline.export(model, folder / "out", **kept, **arguments)
-        return lambda: pipeline.quantize(model, folder / "out", overwrite=what == "overwrite", **arguments)
+        kept = {"checkpoint": folder / "c"} if what.endswith("checkpoint") else {}
+        return lambda: command(model, folder / "out", overwrite=overwrite, **kept, **arguments)
 
     def prepared(name):
         (tmp_path / name).mkdir()
-        if what == "overwrite":
+        if overwrite:
             shutil.copytree(tmp_path / "old", tmp_path / name / "out")
         return tmp_path / name
 
-    if what == "overwrite":
-        assert in_child(lambda: pipeline.quantize(model, tmp_path / "old", **RTN | {"seed": 1})) == 0
+    if overwrite:
+        assert in_child(lambda: command(model, tmp_path / "old", **arguments | {"seed": 1})) == 0
     assert in_child(run(prepared("plain"))) == 0
     expected, number = contents(tmp_path / "plain"), 0
     while True:
@@ -140,7 +141,7 @@ def test_replayed_weights_give_the_same_bits(kind, tmp_path_factory, text, tmp_p
     """What the next layers see are the stored codes decoded, of every grid, and floats before they are stored."""
     from tests.tiny_models import _BASE, _VARIANTS
 
-    root = tmp_path_factory.getbasetemp() / "wide2"
+    root = tmp_path_factory.getbasetemp() / "two wide layers"
     if not root.exists():
         _VARIANTS["wide2"] = ("llama", {**_VARIANTS["wide"][1], "num_hidden_layers": _BASE["num_hidden_layers"]})
         save_model(root, "wide2")

@@ -35,6 +35,7 @@ class ModelConfig:
     sliding_window: int | None = None
     name: str = ""
     extra: dict = field(default_factory=dict)  # e.g. bos/eos ids, general.* metadata of the source
+    head_mix: bool = False  # the head is the embedding, read through a matrix after the final norm
 
     @property
     def query_groups(self) -> int:
@@ -55,6 +56,8 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"config: {self.num_attention_heads} attention heads cannot share "
                              f"{self.num_key_value_heads} key/value heads evenly")
+        if self.head_mix and not self.tie_word_embeddings:
+            raise InputError("config: head_mix is set, but the head is not tied to the embedding")
         if self.head_dim % 2:
             raise InputError(f"config: head_dim {self.head_dim} is odd; RoPE needs an even one")
 

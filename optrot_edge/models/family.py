@@ -2,7 +2,8 @@
 
 Canonical tensor names: `embed_tokens.weight`, `norm.weight`, `lm_head.weight`, and per layer
 `layers.{i}.` + `attn_norm`, `{q,k,v,o}_proj`, `q_norm`, `k_norm`, `mlp_norm`, `{gate,up,down}_proj`
-with `.weight` or `.bias`. Linears are [out, in]. Imports neither torch nor gguf.
+with `.weight` or `.bias`. Linears are [out, in]. Only rotated models have `head_mix.weight` [hidden, hidden], the
+linear between the final norm and a head that is tied through it. Imports neither torch nor gguf.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from optrot_edge.errors import InputError
 from optrot_edge.models.config import ModelConfig
 
+HEAD_MIX = "head_mix.weight"  # neither Hugging Face's models nor GGUF have such a tensor
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # each a module of this folder with a FAMILY
 
 HF_NAMES = {
@@ -94,6 +96,8 @@ class Family:
         """Canonical names and shapes of what is not in a layer; no `lm_head.weight` when tied."""
         table = (config.vocab_size, config.hidden_size)
         shapes = {"embed_tokens.weight": table, "norm.weight": (config.hidden_size,)}
+        if config.head_mix:
+            shapes[HEAD_MIX] = (config.hidden_size, config.hidden_size)
         return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": table}
 
 

@@ -91,13 +91,25 @@ def decoder_layer(x: torch.Tensor, layer: Layer, config: ModelConfig, rope, *,
     return x + linear(mlp_hidden(normed, layer, r4_block=r4_block), layer, "down_proj")
 
 
+def head_mix(model, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+    """The linear [hidden, hidden] through which the model's head is tied to its embedding; mostly None."""
+    mix = getattr(model, "head_mix", None)
+    return None if mix is None else mix(dtype)
+
+
+def head_input(x: torch.Tensor, norm: torch.Tensor, mix: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """What the head reads of the residual stream [..., hidden]: normed, then through `mix` (see `head_mix`)."""
+    x = rms_norm(x, norm, eps)
+    return x if mix is None else F.linear(x, mix)
+
+
 @torch.no_grad()
 def logits(model, tokens: torch.Tensor, *, dtype=torch.float32, device="cpu", batch_size: int = 8):
     """Logits [batch, length, vocab] of `tokens` [batch, length], layers read one at a time.
 
     `model` is anything with `config`, `embedding(dtype)`, `layer(i, dtype)`, `final_norm(dtype)`,
-    `lm_head(dtype)` (None when tied) and optionally `r3_block`, `r4_block`: a checkpoint reader,
-    a rotated view of one, or a decoded quantised checkpoint.
+    `lm_head(dtype)` (None when tied) and optionally `r3_block`, `r4_block`, `head_mix(dtype)`: a checkpoint
+    reader, a rotated view of one, or a decoded quantised checkpoint.
     """
     hidden = final_hidden(model, tokens, dtype=dtype, device=device, batch_size=batch_size)
     head = model.lm_head(dtype)
@@ -107,7 +119,7 @@ def logits(model, tokens: torch.Tensor, *, dtype=torch.float32, device="cpu", ba
 
 @torch.no_grad()
 def final_hidden(model, tokens: torch.Tensor, *, dtype=torch.float32, device="cpu", batch_size: int = 8):
-    """Final normed hidden states [batch, length, hidden]; see `logits` for what `model` must offer."""
+    """What the head reads, [batch, length, hidden]; see `logits` for what `model` must offer."""
     config = model.config
     rope = rope_tables(config, tokens.shape[1], dtype=dtype, device=device)
     x = F.embedding(tokens, model.embedding(dtype))
@@ -116,4 +128,4 @@ def final_hidden(model, tokens: torch.Tensor, *, dtype=torch.float32, device="cp
         layer = {key: value.to(device) for key, value in model.layer(index, dtype).items()}
         for part in x.split(batch_size):  # written in place: one stream in memory
             part.copy_(decoder_layer(part.to(device), layer, config, rope, r3_block=r3, r4_block=r4))
-    return rms_norm(x, model.final_norm(dtype), config.rms_norm_eps)
+    return head_input(x, model.final_norm(dtype), head_mix(model, dtype), config.rms_norm_eps)

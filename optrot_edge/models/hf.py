@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -15,12 +14,8 @@ from safetensors import SafetensorError, safe_open
 from optrot_edge.errors import InputError
 from optrot_edge.models.hf_config import parse_config, read_json
 from optrot_edge.models.source import ModelSource
+from optrot_edge.models.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -72,18 +67,7 @@ class HFSource(ModelSource):
 
     def save_tokenizer(self, folder: str | Path) -> list[Path]:
         """Copy the tokenizer files that exist into `folder` and return the copies."""
-        folder = Path(folder)
-        copies = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in TOKENIZER_FILES:
-                if (self.path / name).is_file():
-                    partial = folder / f"{name}.partial"
-                    shutil.copyfile(self.path / name, partial)
-                    copies.append(partial.replace(folder / name))
-        except OSError as error:
-            raise InputError(f"cannot copy the tokenizer to {folder}: {error}") from None
-        return copies
+        return copy_tokenizer(self.path, Path(folder))
 
     def stored_dtype(self, name: str) -> str:
         """The tensor's dtype in the file's header."""

@@ -26,6 +26,7 @@ from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError
 from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
+from optrot_edge.models.family import HEAD_MIX
 from optrot_edge.quantize.free_scales import FreeTensor, Moves
 
 HELD_OUT = 8  # one window in so many only judges
@@ -107,6 +108,10 @@ class Student:
     def final_norm(self, dtype=torch.float32) -> torch.Tensor:
         """Gain of the last norm [hidden] after its moves, on the CPU."""
         return self.tensor(NORM).weights(self.moves[NORM]).to("cpu", dtype)
+
+    def head_mix(self, dtype=torch.float32) -> torch.Tensor | None:
+        """What the head is tied through [hidden, hidden] on the CPU, or None; it stays as it is."""
+        return torch.from_numpy(self.checkpoint.weights(HEAD_MIX)).to(dtype) if self.config.head_mix else None
 
     def update(self, name: str, gradient: Moves, step: int, rate: float) -> None:
         """One step of Adam (arXiv 1412.6980), the `step`-th from 1."""
@@ -217,9 +222,11 @@ class _Distillation:
         """Mean KL, and its gradients with respect to the last layer's output and the final norm's gain."""
         count, total, out = stream[..., 0].numel(), 0.0, torch.empty_like(stream)
         gain = self.student.final_norm(self.dtype).to(self.device).requires_grad_()
+        mix = self.student.head_mix(self.dtype)
+        mix = None if mix is None else mix.to(self.device)
         for place, window in enumerate(windows.tolist()):  # logits of one window at a time
             x = stream[place].requires_grad_()
-            hidden = forward.rms_norm(x, gain, self.config.rms_norm_eps)
+            hidden = forward.head_input(x, gain, mix, self.config.rms_norm_eps)
             kl, of_logits = self._compare(hidden.detach(), self.aims[window])
             total += kl
             out[place], of_gain = torch.autograd.grad(hidden, (x, gain), of_logits @ self.head / count)

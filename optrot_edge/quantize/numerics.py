@@ -41,8 +41,9 @@ def peak_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def as_float(weight: torch.Tensor, dtype: str) -> np.ndarray:
-    """numpy array in a float storage type ("f32" or "f16"); InputError for values that are not finite in it."""
-    stored = weight.half() if dtype == "f16" else weight.float()
+    """numpy array in a float storage type, bf16 as float32 that holds the same; InputError for values that are not
+    finite in it."""
+    stored = weight.half() if dtype == "f16" else weight.bfloat16().float() if dtype == "bf16" else weight.float()
     if not stored.isfinite().all():
         raise InputError("weights exceed the range of f16; keep them as f32" if dtype == "f16" else
                          "values exceed the range of float32; the model is damaged")

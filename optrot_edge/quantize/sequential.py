@@ -20,6 +20,7 @@ from optrot_edge.checkpoint import CheckpointWriter, QuantizedTensor
 from optrot_edge.errors import InputError
 from optrot_edge.memory import CHUNK
 from optrot_edge.models import forward
+from optrot_edge.models.family import HEAD_MIX
 from optrot_edge.quantize.asymmetric import Moments, held_out_count, mean_hessian
 from optrot_edge.quantize.matrices import MatrixQuantizer, QuantizerOptions
 from optrot_edge.quantize.numerics import (
@@ -244,13 +245,17 @@ class SequentialQuantizer:
 
     @torch.no_grad()
     def _quantize_head(self) -> dict:
-        """Final norm and head. A tied matrix is treated as the head, as which it errs most; as an embedding it gains
-        from that too."""
-        norm = self.model.final_norm(torch.float32)
+        """Final norm, head, and what it is tied through. A tied matrix is treated as the head, as which it errs most;
+        as an embedding it gains from that too."""
+        norm, mix = self.model.final_norm(torch.float32), forward.head_mix(self.model)
         with naming("norm.weight"):
             out = {"norm.weight": as_float(norm, "f32")}
+        if mix is not None:
+            with naming(HEAD_MIX):
+                out[HEAD_MIX] = as_float(mix, self.options.types[HEAD_MIX])
+            mix = torch.from_numpy(out[HEAD_MIX]).float().to(self.device)  # as the package has it
         gain, eps = norm.to(self.device), self.config.rms_norm_eps
-        moments = self._observe(lambda x: forward.rms_norm(x.to(self.device), gain, eps), None,
+        moments = self._observe(lambda x: forward.head_input(x.to(self.device), gain, mix, eps), None,
                                 self.config.hidden_size, writes=False)
         if not all(one.finite for one in moments):
             with naming("lm_head"):

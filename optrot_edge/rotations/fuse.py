@@ -108,14 +108,20 @@ def fuse_layer(layer: Layer, rotation: Rotation, index: int, config: ModelConfig
     return layer
 
 
+def packaged(source, rotation: Rotation, device: str = "cpu") -> RotatedModel:
+    """`source` under `rotation` as packages have it: what runs online R3 or R4 can run a tied head's `head_mix` too."""
+    return RotatedModel(source, rotation, device, keep_tied=rotation.is_online)
+
+
 class RotatedModel:
     """A checkpoint reader seen through a rotation; tensors are fused in float64 when read.
 
     Same interface as the reader (see `optrot_edge.models.forward.logits`). R1 with a non-constant
-    final gain unties `lm_head` from the embedding: `config.tie_word_embeddings` tells.
+    final gain unties `lm_head` from the embedding: `config.tie_word_embeddings` tells. With `keep_tied` it stays
+    tied, through `head_mix`: `config.head_mix` tells. That takes a graph of one's own to run.
     """
 
-    def __init__(self, source, rotation: Rotation, device: str = "cpu"):
+    def __init__(self, source, rotation: Rotation, device: str = "cpu", *, keep_tied: bool = False):
         rotation.validate(source.config)
         self.source, self.rotation = source, rotation
         self.device = device
@@ -126,7 +132,9 @@ class RotatedModel:
         if rotation.r1 is not None:
             gain = source.final_norm(torch.float64)
             self.folds_head = not tied or bool((gain != gain[0]).any())
-        self.config = dataclasses.replace(source.config, tie_word_embeddings=tied and not self.folds_head)
+        mixes = keep_tied and tied and self.folds_head
+        self.config = dataclasses.replace(source.config, tie_word_embeddings=tied and (mixes or not self.folds_head),
+                                          head_mix=mixes)
 
     def layer(self, index: int, dtype: torch.dtype = torch.float32) -> Layer:
         """Decoder layer `index`, rotated."""
@@ -164,9 +172,18 @@ class RotatedModel:
         return self._to_residual(self.source.embedding(native), dtype)
 
     def final_norm(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Final norm gain [hidden]; ones once it is folded into the head."""
+        """Final norm gain [hidden]; ones once it is folded into the head, or into `head_mix`."""
         gain = self.source.final_norm(dtype)
         return torch.ones_like(gain) if self.folds_head else gain
+
+    def head_mix(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        """The linear `M = R1ᵀ diag(γ) R1` [hidden, hidden] between the final norm and a head that is kept tied, else
+        None: `(x R1) M (E R1)ᵀ = x diag(γ) Eᵀ`."""
+        if not self.config.head_mix:
+            return None
+        r1 = self.rotation.r1.to(self.device, self.compute)
+        gain = self.source.final_norm(torch.float64).to(r1)
+        return ((r1.T * gain) @ r1).T.to("cpu", dtype)  # transposed (if symmetric): linears are [out, in]
 
     def lm_head(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         """Output projection [vocab, hidden] in the rotated basis, or None when (still) tied."""

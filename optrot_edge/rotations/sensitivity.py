@@ -91,11 +91,13 @@ def head_gradient(source, stream: Stream, generator: torch.Generator, device: st
     """Gradient of Σ −log p(drawn label) with respect to the last layer's output."""
     norm, head = source.final_norm(torch.float32).to(device), source.lm_head(torch.float32)
     head = (source.embedding(torch.float32) if head is None else head).to(device)
+    mix = forward.head_mix(source)
+    mix = None if mix is None else mix.to(device)
     out = torch.empty(stream.shape)
     for windows in stream.batches(1):  # logits of one window at a time
         x = stream.read(windows).to(device).requires_grad_()
         with torch.enable_grad():
-            hidden = forward.rms_norm(x, norm, source.config.rms_norm_eps)
+            hidden = forward.head_input(x, norm, mix, source.config.rms_norm_eps)
         p = F.linear(hidden.detach(), head).softmax(-1)
         label = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=generator).to(device)
         p.flatten(0, 1).scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))

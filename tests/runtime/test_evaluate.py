@@ -158,7 +158,7 @@ def test_unusable_paths(tiny, tmp_path):
     folder = save_tiny(tmp_path / "hf", "llama")
     with pytest.raises(InputError, match="not a package"):
         open_package(folder)
-    with pytest.raises(InputError, match="GGUF files only"):
+    with pytest.raises(InputError, match="runs in torch or mlx only, not in llama.cpp"):
         open_reference(folder, "llama.cpp")
 
 

@@ -12,12 +12,9 @@ from tests.runtime.byte_llama import TEXT
 
 BLOCK = """
 import sys
-blocked = set({names!r})
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in blocked:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocker())
+from importlib.machinery import PathFinder
+blocked, find = set({names!r}), PathFinder.find_spec
+PathFinder.find_spec = lambda name, *where: None if name.partition(".")[0] in blocked else find(name, *where)
 """
 HEAVY = ["torch", "transformers", "tokenizers", "datasets", "triton"]
 
@@ -36,8 +33,36 @@ def test_modules_import_with_numpy_alone():
     assert "evaluate" in names
     code = "import importlib\n" + "\n".join(
         f"importlib.import_module('optrot_edge.runtime.{name}')" for name in names if name != "__init__")
-    code += "\nprint({'torch', 'transformers', 'llama_cpp', 'gguf'} & set(sys.modules) or 'light')"
-    assert run(code, *HEAVY, "llama_cpp", "gguf", "mlx", "onnxruntime", "typer", "rich").strip() == "light"
+    code += "\nprint({'torch', 'transformers', 'llama_cpp', 'gguf', 'mlx', 'mlx_lm'} & set(sys.modules) or 'light')"
+    assert run(code, *HEAVY, "llama_cpp", "gguf", "mlx", "mlx_lm", "onnxruntime", "typer", "rich").strip() == "light"
+
+
+def test_runtime_imports_no_mlx_where_it_is_installed(mlx):
+    """Nor does inspecting a package, or telling how many bits it takes."""
+    folder = str(mlx("llama", quantize=True, q_bits=4, q_group_size=32)[1])
+    code = f"""
+import optrot_edge.runtime, optrot_edge.runtime.mlx, optrot_edge.runtime.evaluate
+from optrot_edge.runtime.backends import bits_per_weight
+from optrot_edge.inspect import inspect_path
+print(inspect_path({folder!r})["kind"], bits_per_weight({folder!r}) > 6)
+print({{'mlx', 'mlx_lm', 'torch', 'transformers'}} & set(sys.modules) or 'light')
+"""
+    assert run(code).split() == ["MLX", "package", "True", "light"]
+    assert run(code, *HEAVY, "mlx", "mlx_lm", "llama_cpp", "gguf").split() == ["MLX", "package", "True", "light"]
+
+
+@pytest.mark.slow
+def test_mlx_package_evaluates_without_torch(mlx, tmp_path):
+    """Where mlx-lm is: transformers and tokenizers are there too, which it needs."""
+    source, folder = mlx("llama", quantize=True, q_bits=8, q_group_size=32)
+    path = tmp_path / "ref.json"
+    write_reference_file(source, path, text=TEXT, windows=2, window=48)
+    code = f"""
+from optrot_edge.runtime.evaluate import evaluate_package
+report = evaluate_package({str(folder)!r}, reference={str(path)!r}, speed=False)
+print(report["kl_is_lower_bound"], 0 < report["kl_estimate"] < 0.01, "torch" in sys.modules)
+"""
+    assert run(code, "torch", "llama_cpp", "triton").split() == ["True", "True", "False"]
 
 
 @pytest.mark.slow
@@ -57,18 +82,22 @@ print(report["reference_runtime"].startswith("llama.cpp"), "torch" in sys.module
 @pytest.mark.parametrize(("code", "blocked", "extra"), [
     ("LlamaCppBackend({path!r})", "llama_cpp", "llamacpp"),
     ("TorchBackend({path!r})", "torch", "learn"),
+    ("MlxBackend({mlx!r})", "mlx", "mlx"),
+    ("MlxBackend({mlx!r})", "mlx_lm", "mlx"),
 ])
-def test_a_missing_runtime_names_its_extra(tiny, code, blocked, extra):
+def test_a_missing_runtime_names_its_extra(tiny, mlx, code, blocked, extra):
     code = f"""
 from optrot_edge.errors import InputError
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
+from optrot_edge.runtime.mlx import MlxBackend
 from optrot_edge.runtime.torch_reference import TorchBackend
 try:
-    {code.format(path=str(tiny))}
+    {code.format(path=str(tiny), mlx=str(mlx("llama")[1]))}
 except InputError as error:
     print(error)
 """
-    assert f'pip install "optrot-edge[{extra}]"' in run(code, blocked)
+    out = run(code, blocked)
+    assert f'pip install "optrot-edge[{extra}]"' in out and f"needs {blocked}, which is not installed" in out
 
 
 def test_doctor_rows():
@@ -77,6 +106,10 @@ def test_doctor_rows():
     assert rows["llama-cpp-python"]["usable"] and rows["torch"]["usable"] and rows["cpu"]["usable"]
     assert rows["llama-cpp-python"]["kind"] == "runtime"
     assert not rows["llama-cpp-python"]["install"]
+    assert rows["mlx"]["usable"] and rows["mlx-lm"]["usable"] and rows["mlx-lm"]["kind"] == "runtime"
+    out = run("from optrot_edge.runtime.doctor import doctor\n"
+              "print([r for r in doctor() if r['name'] == 'mlx-lm'], 'mlx' in sys.modules)", "mlx_lm")
+    assert "'usable': False" in out and 'optrot-edge[mlx]' in out and out.strip().endswith("False")
     out = run("from optrot_edge.runtime.doctor import doctor\n"
               "print([r for r in doctor() if r['name'] == 'torch'], 'llama_cpp' in sys.modules)", "torch")
     assert "'usable': False" in out and 'optrot-edge[learn]' in out
