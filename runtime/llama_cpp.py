@@ -14,6 +14,7 @@ import numpy as np
 from optrot_edge.errors import InputError
 from optrot_edge.runtime.imports import require
 from optrot_edge.runtime.llama_library import available_threads, errors, load_library, probe, why
+from optrot_edge.runtime.text import check_ids
 
 
 def _count(value) -> int:
@@ -147,13 +148,7 @@ class LlamaCppBackend:
             capacity = -count
 
     def _check_ids(self, tokens) -> np.ndarray:
-        ids = np.ascontiguousarray(tokens, dtype=np.int64)
-        if ids.ndim != 1:
-            raise InputError(f"one sequence of token ids is needed, not shape {list(ids.shape)}")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise InputError(f"token ids reach from {ids.min()} to {ids.max()}, but {self.path.name} knows "
-                             f"0 to {self.vocab_size - 1}: another tokenizer made them")
-        return ids.astype(np.int32)
+        return check_ids(tokens, self.vocab_size, self.path.name)
 
     # logits
 

@@ -13,7 +13,7 @@ import numpy as np
 from optrot_edge.errors import InputError
 from optrot_edge.models.mlx_folder import MlxFolder
 from optrot_edge.runtime.imports import require
-from optrot_edge.runtime.text import HfTokenizer
+from optrot_edge.runtime.text import HfTokenizer, check_ids
 
 KV_GROUP = 64  # mlx-lm's default
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -192,13 +192,7 @@ class MlxBackend:
         return self._tokenizer.detokenize(self._check_ids(tokens).tolist(), special=special)
 
     def _check_ids(self, tokens) -> np.ndarray:
-        ids = np.ascontiguousarray(tokens, dtype=np.int64)
-        if ids.ndim != 1:
-            raise InputError(f"one sequence of token ids is needed, not shape {list(ids.shape)}")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise InputError(f"token ids reach from {ids.min()} to {ids.max()}, but {self.path.name} knows "
-                             f"0 to {self.vocab_size - 1}: another tokenizer made them")
-        return ids.astype(np.int32)
+        return check_ids(tokens, self.vocab_size, self.path.name)
 
     # logits
 

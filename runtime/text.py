@@ -65,6 +65,17 @@ def cut_windows(ids: list[int], window: int | None = None, windows: int | None =
     return np.array([prefix + ids[start:start + body] for start in starts], dtype=np.int32)
 
 
+def check_ids(tokens, vocab_size: int, name: str) -> np.ndarray:
+    """One sequence of token ids as int32 [n]; InputError when it is none, or goes beyond the vocabulary of `name`."""
+    ids = np.ascontiguousarray(tokens, dtype=np.int64)
+    if ids.ndim != 1:
+        raise InputError(f"one sequence of token ids is needed, not shape {list(ids.shape)}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise InputError(f"token ids reach from {ids.min()} to {ids.max()}, but {name} knows 0 to {vocab_size - 1}: "
+                         "another tokenizer made them")
+    return ids.astype(np.int32)
+
+
 class HfTokenizer:
     """`tokenizer.json` of a Hugging Face folder."""
 

@@ -30,6 +30,21 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """`model(case)`: folder of a tiny model with its tokenizer, made once; do not write into it."""
+    from tests.road import save_model
+
+    folders = {}
+
+    def folder(case: str):
+        if case not in folders:
+            folders[case] = save_model(tmp_path_factory.mktemp(case) / "model", case)
+        return folders[case]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def mlx(tmp_path_factory):
     """`mlx(case, **options)`: the tiny float model and its MLX folder, made once; do not write into them.
 

@@ -18,24 +18,11 @@ from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.forward import logits
 from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.exporters.gguf_models import Decoded, llama_logits
-from tests.road import FAST, save_model
+from tests.road import FAST
 from tests.tiny_models import CASES, random_tokens
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BODIES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """`model(case)`: folder of a tiny model with its tokenizer, made once; do not write into it."""
-    folders = {}
-
-    def folder(case: str):
-        if case not in folders:
-            folders[case] = save_model(tmp_path_factory.mktemp(case) / "model", case)
-        return folders[case]
-
-    return folder
 
 
 def length_of(case: str) -> int:

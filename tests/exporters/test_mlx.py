@@ -24,25 +24,12 @@ from optrot_edge.models.family import get_family
 from optrot_edge.runtime.mlx import MlxBackend
 from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.cli_runner import child, left, refused, run_ok
-from tests.road import save_model, write_text
+from tests.road import write_text
 from tests.test_pipeline import decoded_logits, length_of, original_logits, spread
 from tests.tiny_models import CASES, random_tokens
 
 mx = pytest.importorskip("mlx.core", reason="MLX is made for macOS and Linux")
 RTN = {"quantizer": "rtn", "calibration": "none", "rotation": "none", "format": "mlx"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """`model(case)`: folder of a tiny model with its tokenizer, made once; do not write into it."""
-    folders = {}
-
-    def folder(case: str):
-        if case not in folders:
-            folders[case] = save_model(tmp_path_factory.mktemp(case) / "model", case)
-        return folders[case]
-
-    return folder
 
 
 @pytest.fixture
