@@ -1,0 +1,84 @@
+"""Options that several commands of the command line take, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optrot_edge.formats import DEFAULT_BITS, DEFAULT_GROUP, DTYPES, GGUF_TYPES
+from optrot_edge.gridspec import MLX_BITS, MLX_GROUPS
+from optrot_edge.recipe import DEFAULT_TYPE
+from optrot_edge.tensor_types import PRESETS
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or a GGUF file.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget an unfinished run; without this the same command "
+                                                         "goes on where that was stopped.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Rotation = Annotated[str, typer.Option(help="auto (measure, keep the best per byte), none, hadamard, optrot (no data), "
+                                            "optrot+ (uses calibration text), or a file saved by `rotate`.")]
+Rotate = Annotated[str, typer.Option(help="Which rotations are allowed: a list of r1, r2, r3, r4.")]
+Scales = Annotated[bool, typer.Option(help="OptRot+ learns norm gains and channel scales too.")]
+PlusObjective = Annotated[str, typer.Option(help="OptRot+ objective: grid (steps of the stored grid) or plain.")]
+PlusStart = Annotated[str, typer.Option(help="OptRot+ starts from: native (the model as it is) or hadamard.")]
+PlusSteps = Annotated[int, typer.Option(help="OptRot+ steps, each over all layers.")]
+R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4 (a power of two).")]
+Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
+Objective = Annotated[str, typer.Option(help="OptRot objective: all matrices, or top-50 (those of largest loss).")]
+Steps = Annotated[int | None, typer.Option(help="OptRot steps (default: polar 80, cayley 1000).")]
+Rows = Annotated[int | None, typer.Option(help="Rows drawn per OptRot step on average, 0 for all (default: polar 16 "
+                                               "per residual channel, cayley all).")]
+Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower the loss by less than this fraction "
+                                               "(0: never).")]
+Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Format = Annotated[str | None, typer.Option(help="Package format: gguf (llama.cpp, the default) or mlx (mlx-lm).")]
+Type = Annotated[str | None, typer.Option(
+    help=f"Type of the decoder's matrices: {', '.join(GGUF_TYPES)}; llama.cpp's mixes "
+         f"{', '.join(PRESETS)}; for MLX see --bits; in checkpoints only: int4-g128-sym and the like (default: "
+         f"{DEFAULT_TYPE}).")]
+Bits = Annotated[int | None, typer.Option(help=f"MLX: bits per weight, {', '.join(map(str, MLX_BITS))} (default: "
+                                               f"{DEFAULT_BITS}).")]
+GroupSize = Annotated[int | None, typer.Option(help="MLX: weights that share a scale and a bias, "
+                                                    f"{', '.join(map(str, MLX_GROUPS))} (default: {DEFAULT_GROUP}).")]
+Dtype = Annotated[str | None, typer.Option(help=f"MLX: what scales, biases and norms are stored in, "
+                                                f"{', '.join(DTYPES)} (default: the model's own).")]
+MaxMemory = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB or 800MB: activations go to "
+                                                    "the disk where they do not fit (default: the machine's).")]
+EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding, for MLX such as 6bit (default: "
+                                                        "--type).")]
+HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
+                                                   "a mix the mix's, for MLX the rest's).")]
+TensorType = Annotated[list[str] | None, typer.Option(
+    metavar="PATTERN=TYPE", help="Type of the matrices whose name the regular expression finds, such as "
+                                 "ffn_down=q6_k or 'blk\\.[0-3]\\.attn_v=q8_0'; repeatable, the first "
+                                 "that finds counts.")]
+TargetBpw = Annotated[float | None, typer.Option(help="Bits per weight of all tensors together: types by measured KL "
+                                                      "per byte, instead of --type.")]
+TargetSize = Annotated[str | None, typer.Option(metavar="BYTES", help="The same with a size: 90000000, 90MB or "
+                                                "1.5GiB; of the file in export, of the tensors in quantize.")]
+Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
+Calibration = Annotated[str, typer.Option(help="builtin (Python's own help texts), a text file, a hub dataset "
+                                               "name[:config], or none (rtn only).")]
+ReportText = Annotated[str, typer.Option(help="Text for the report's input statistics: builtin, a text file, a hub "
+                                              "dataset name[:config], or none (weights only).")]
+MuH = Annotated[bool, typer.Option(help="Report the incoherence of the inputs' covariances too: slow above some "
+                                        "8,000 dimensions without a GPU.")]
+Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+Damp = Annotated[float, typer.Option(help="Hessian damping, fraction of its mean diagonal.")]
+ActOrder = Annotated[bool, typer.Option(help="Visit columns in order of falling diag(H).")]
+Asymmetric = Annotated[str | None, typer.Option(help="GPTQ makes up for errors made before: none, inputs, or residual "
+                                                     "(the default: of the inputs and of the residual stream).")]
+Refits = Annotated[int, typer.Option(help="How often scales are fitted again once GPTQ has chosen codes.")]
+Guidance = Annotated[str, typer.Option(help="none, or tokens: GPTQ weights them by the end loss's gradients.")]
+Distill = Annotated[int, typer.Option(help="Epochs in which scales, mins and norm gains learn from the float model on "
+                                           "windows besides --nsamples, codes fixed (0: none).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it would take.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="MLX: run the model file that the folder "
+                                                                           "brings.")]
+VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
