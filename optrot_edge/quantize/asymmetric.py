@@ -143,16 +143,21 @@ def _least_squares(parts: list[torch.Tensor], weight: torch.Tensor, held_out: Mo
 
 
 def _best_in_square(gram: torch.Tensor, right: torch.Tensor) -> list[float]:
-    """Minimum of `½ fᵀ G f − rᵀ f` over 0 ≤ f ≤ 1, for two factors: inside, or on one of the sides."""
-    candidates = []
-    inside = torch.linalg.lstsq(gram, right[:, None]).solution[:, 0]
-    if bool(((inside >= 0) & (inside <= 1)).all()):
-        candidates.append(inside)
+    """Minimum of `½ fᵀ G f − rᵀ f` over 0 ≤ f ≤ 1, for two factors: inside, or on one of the sides.
+
+    In plain floats: LAPACK's last bit depends on where in memory its arrays lie, and a run that is resumed must not.
+    """
+    g, r, candidates = gram.tolist(), right.tolist(), []
+    determinant = g[0][0] * g[1][1] - g[0][1] * g[1][0]
+    if determinant > 1e-12 * g[0][0] * g[1][1]:  # else the minimum is on a side too
+        inside = ((r[0] * g[1][1] - r[1] * g[0][1]) / determinant, (r[1] * g[0][0] - r[0] * g[1][0]) / determinant)
+        if all(0 <= factor <= 1 for factor in inside):
+            candidates.append(list(inside))
     for fixed, free in ((0, 1), (1, 0)):
         for value in (0.0, 1.0):
-            point = torch.full_like(right, value)
-            rest = right[free] - gram[free, fixed] * value
-            point[free] = (rest / gram[free, free]).nan_to_num(0.0).clamp(0, 1)
+            point = [value, value]
+            rest, slope = r[free] - g[free][fixed] * value, g[free][free]
+            point[free] = min(max(rest / slope, 0.0), 1.0) if slope else 0.0
             candidates.append(point)
-    best = min(candidates, key=lambda f: float(f @ gram @ f / 2 - right @ f))
-    return best.tolist()
+    return min(candidates, key=lambda f: sum(
+        f[i] * (sum(g[i][j] * f[j] for j in (0, 1)) / 2 - r[i]) for i in (0, 1)))
