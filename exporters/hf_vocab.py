@@ -13,7 +13,8 @@ Where the ids can differ all the same:
 - "'\u017f" (a long s) is a contraction to the regexes of Llama-3 and Qwen2, but not in llama.cpp.
 - Digits that Unicode has had since version 16 only are none yet in llama.cpp.
 Decoding: an unused token is empty in llama.cpp and its text here; an added token made of letters that stand for bytes
-in a byte-level vocabulary ("é") is decoded as those bytes; "▁" in an added token shows as a space.
+in a byte-level vocabulary ("é") is decoded as those bytes; "▁" in an added token shows as a space; llama.cpp closes up
+spaces before punctuation for some names (gpt-2, llama-bpe), this never does.
 """
 
 from __future__ import annotations

@@ -182,7 +182,9 @@ def test_padding_that_is_an_ordinary_token_is_left_out(tmp_path):
     """transformers would cut it out of every text."""
     entries = vocabulary(make_byte_level(tmp_path / "source", "smollm"), 512)
     entries = edited(entries, padding_token_id=u32(entries["tokenizer.ggml.tokens"].value.index("!")))
-    tokenizer = AutoTokenizer.from_pretrained(rebuild(write_vocab(tmp_path / "v.gguf", entries), tmp_path))
+    folder = rebuild(write_vocab(tmp_path / "v.gguf", entries), tmp_path)
+    assert "pad_token_id" not in json.loads((folder / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token is None and tokenizer.decode(tokenizer.encode("a!"), skip_special_tokens=True) == "a!"
 
 

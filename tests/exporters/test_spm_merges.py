@@ -34,6 +34,9 @@ def test_runs_of_one_score():
     (runs(2, 3), "'uu' and 'uuu' have the same score"),  # four are uuu·u, and uu·uu by rank
     (runs(2, 3, 4) | {"x": 0, "uux": -9.0}, "have the same score"),
     ({"a": 0, "b": 0, "c": 0, "ab": -1000, "bc": -1000}, "'ab' and 'bc' have the same score"),
+    # the next pair of "aa" makes "aaaa" as soon as there are two, before "bbaa"
+    ({"a": 0, "b": 0, "bb": -1, "aaaa": -4, "aa": -6, "bbaa": -6}, "'aa' and 'bbaa' have the same score"),
+    (runs(*range(2, 70)), "have the same score"),  # longer than what is tried
     ({"a": 0, "ab": -1}, "'ab' holds a character that is not a token"),
 ])
 def test_what_merges_cannot_express_is_refused(scores, message):
