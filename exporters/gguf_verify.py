@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor
+from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor, same_bits
 from optrot_edge.exporters.gguf_blocks import unpack
 from optrot_edge.exporters.gguf_entries import read_entries, same_value
 from optrot_edge.exporters.gguf_plan import Plan, PlannedTensor
@@ -56,7 +56,7 @@ def _difference(written: gguf.ReaderTensor, planned: PlannedTensor, checkpoint: 
     found = unpack(data, expected.spec, planned.shape)
     parts = found.parts()
     for name, part in expected.parts().items():
-        if not _same_bits(parts[name], part):
+        if not same_bits(parts[name], part):
             return name
     step = max(1, _CHUNK // planned.shape[1])
     for start in range(0, planned.shape[0], step):
@@ -64,9 +64,3 @@ def _difference(written: gguf.ReaderTensor, planned: PlannedTensor, checkpoint: 
         if not np.array_equal(gguf.quants.dequantize(data[part], planned.type), expected.rows(part).decode()):
             return "dequantised weights"
     return None
-
-
-def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Equal arrays, the sign of zero included."""
-    kind = f"u{left.dtype.itemsize}"
-    return left.dtype == right.dtype and np.array_equal(left.view(kind), right.view(kind))

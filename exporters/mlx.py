@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor
+from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor, check_replaceable, same_bits
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
 from optrot_edge.exporters.mlx_blocks import pack, unpack
@@ -36,7 +36,7 @@ def export_mlx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: b
     cannot be written, RuntimeError if what was written is not the checkpoint.
     """
     out = Path(out)
-    check_package_place(out, overwrite)
+    check_replaceable(out, overwrite, "MLX package", is_package)
     plan = plan_mlx(checkpoint)
     partial = out.absolute().with_name(out.absolute().name + ".partial")
     report = progress or (lambda done, total, what: None)
@@ -60,17 +60,7 @@ def export_mlx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: b
             "notes": plan.notes}
 
 
-def check_package_place(out: Path, overwrite: bool) -> None:
-    """InputError when a package cannot be put at `out`: it is taken, or by something else than a package."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and not _is_package(out)):
-        raise InputError(f"{out} is no MLX package, and --overwrite replaces nothing else; choose another --out")
-
-
-def _is_package(folder: Path) -> bool:
+def is_package(folder: Path) -> bool:
     """Whether this project wrote `folder`."""
     try:
         return "optrot" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -152,12 +142,7 @@ def _verify(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: P
 def _is_same(planned: PlannedTensor, read: dict[str, np.ndarray], checkpoint: QuantizedCheckpoint, plan: Plan) -> bool:
     expected = checkpoint.get(planned.source)
     if not isinstance(expected, QuantizedTensor):
-        return _same_bits(read[f"{planned.module}.{planned.kind}"], _as_stored(expected, plan.dtype))
+        return same_bits(read[f"{planned.module}.{planned.kind}"], _as_stored(expected, plan.dtype))
     found = unpack({part: read[f"{planned.module}.{part}"] for part in ("weight", "scales", "biases")}, expected.spec)
     parts = found.parts()
-    return all(_same_bits(parts[name], part) for name, part in expected.parts().items())
-
-
-def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Equal arrays, the sign of zero included."""
-    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+    return all(same_bits(parts[name], part) for name, part in expected.parts().items())

@@ -18,10 +18,11 @@ All other tensors have the names, shapes and types that mlx-lm's own model gives
 from __future__ import annotations
 
 import importlib
-from functools import cache, partial
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
 
 FORMAT_VERSION = 1
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # modules of mlx_lm.models
@@ -44,12 +45,6 @@ def check_block(block: int, width: int) -> None:
     """Raise ValueError unless `block` is a power of two that divides `width`."""
     if not isinstance(block, int) or block < 2 or block & (block - 1) or width % block:
         raise ValueError(f"a block of {block} channels is no power of two that divides {width}")
-
-
-@partial(mx.compile, shapeless=True)
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) · up."""
-    return nn.silu(gate) * up
 
 
 class RotatedRope(nn.Module):

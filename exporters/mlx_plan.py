@@ -105,10 +105,7 @@ def plan_mlx(checkpoint: QuantizedCheckpoint) -> Plan:
     notes = checkpoint.manifest.get("notes")
     plan = Plan({}, dtype, tensors, list(notes) if isinstance(notes, list) else [])
     plan.config = (model_config(family, config, plan.notes) | {"torch_dtype": dtype} | _quantization(tensors)
-                   | {"optrot": _about(checkpoint.manifest) | {"head_mix": config.head_mix}})
-    about = plan.config["optrot"]
-    if about["r3_block"] or about["r4_block"] or about["head_mix"]:
-        plan.config["model_file"] = MODEL_FILE
+                   | _about(checkpoint.manifest, config))
     return plan
 
 
@@ -174,14 +171,16 @@ def _rope_scaling(config: ModelConfig, context: int) -> dict | None:
             "original_max_position_embeddings": context}
 
 
-def _about(manifest: dict) -> dict:
-    """The package's own entry in config.json: what it was made by, and what its runtime must do."""
+def _about(manifest: dict, config: ModelConfig) -> dict:
+    """The package's own entries in config.json: what it was made by, what its runtime must do, and with what file."""
     rotation, recipe = manifest.get("rotation") or {}, manifest.get("recipe") or {}
     kept = ("rotation", "rotate", "quantizer", "calibration", "nsamples", "seqlen", "seed", "distill")
-    return {"format_version": FORMAT_VERSION, "format": "mlx",
+    about = {"format_version": FORMAT_VERSION, "format": "mlx",
             "version": (manifest.get("versions") or {}).get("optrot-edge"),
             "rotation": rotation.get("rotation"), "applied": rotation.get("applied", []),
             "scales": rotation.get("scales", []), "r3_block": rotation.get("r3_block"),
-            "r4_block": rotation.get("r4_block"),
+            "r4_block": rotation.get("r4_block"), "head_mix": config.head_mix,
             "recipe": {name: recipe[name] for name in kept if name in recipe},
             "calibration_sha256": manifest.get("calibration_sha256"), "warnings": manifest.get("warnings", [])}
+    online = about["r3_block"] or about["r4_block"] or about["head_mix"]
+    return {"optrot": about} | ({"model_file": MODEL_FILE} if online else {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 from math import prod
 
 from optrot_edge.errors import InputError
-from optrot_edge.formats import bits_of, candidates
+from optrot_edge.formats import bits_of
 from optrot_edge.gridspec import fitting_type
 from optrot_edge.tensor_types import all_shapes, tensor_types
 
@@ -65,8 +65,7 @@ def _other_bytes(config, recipe, shapes, asked) -> float:
 
 def _options(name: str, shape, kind: str | None, costs, config, recipe) -> list[tuple[float, float, str]]:
     """(bytes, cost, type) of what a tensor may be: one point where its type is given."""
-    kinds = (candidates(shape[-1], recipe.format, recipe.dtype, recipe.group_size) if kind is None
-             else [fitting_type(kind, shape[-1])])
+    kinds = recipe.candidates(shape[-1]) if kind is None else [fitting_type(kind, shape[-1])]
     if not kinds:
         raise InputError(f"{name}: rows of {shape[-1]} weights fit no type of this format; give it f16 with "
                          "--tensor-type")

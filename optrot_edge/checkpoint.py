@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,14 +98,27 @@ class QuantizedTensor:
         return values.reshape(rows, columns)
 
 
-def check_replaceable(path: Path, overwrite: bool) -> None:
-    """InputError when a checkpoint cannot be put at `path`: it is taken, or by something else than a checkpoint."""
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is a folder that `quantize` wrote."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def check_replaceable(path: Path, overwrite: bool, what: str = "checkpoint",
+                      is_one: Callable[[Path], bool] = is_checkpoint) -> None:
+    """InputError when a folder of that kind, by default a checkpoint, cannot be put at `path`: it is taken, or
+    (`overwrite`) by something else than such a folder or an empty one."""
     if not path.exists():
         return
     if not overwrite:
         raise InputError(f"{path} exists; choose another --out or pass --overwrite")
-    if not path.is_dir() or (not (path / MANIFEST).is_file() and any(path.iterdir())):
-        raise InputError(f"{path} is no checkpoint, and --overwrite replaces nothing else; choose another --out")
+    if not path.is_dir() or (any(path.iterdir()) and not is_one(path)):
+        raise InputError(f"{path} is no {what}, and --overwrite replaces nothing else; choose another --out")
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Equal arrays of one dtype, the sign of zero included."""
+    kind = f"u{left.dtype.itemsize}"
+    return left.dtype == right.dtype and np.array_equal(left.view(kind), right.view(kind))
 
 
 Tensors = dict[str, QuantizedTensor | np.ndarray]

@@ -210,7 +210,11 @@ def move_folder(new: Path, out: Path) -> None:
     if out.exists():
         remove_folder(aside)
         out.rename(aside)
-    new.rename(out)
+    try:
+        new.rename(out)
+    except BaseException:
+        restore_folder(out)
+        raise
     sync_folder(out.absolute().parent)
     remove_folder(aside)
 

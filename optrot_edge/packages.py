@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto
+from optrot_edge.checkpoint import QuantizedCheckpoint, check_replaceable, chosen_by_auto
 from optrot_edge.errors import InputError
 from optrot_edge.formats import GGUF_TYPES, source_dtype
 from optrot_edge.inputs import Progress
@@ -75,9 +75,9 @@ class MlxFormat:
     @staticmethod
     def prepare(out: Path, overwrite: bool) -> None:
         """InputError when `out` is taken."""
-        from optrot_edge.exporters.mlx import check_package_place
+        from optrot_edge.exporters.mlx import is_package
 
-        check_package_place(out, overwrite)
+        check_replaceable(out, overwrite, "MLX package", is_package)
 
     @staticmethod
     def recipe(source, fields: dict) -> Recipe:
@@ -91,8 +91,7 @@ class MlxFormat:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
         from optrot_edge.exporters.mlx_plan import model_config
 
-        if vocab_from is not None:
-            raise InputError("--vocab-from is for GGUF; an MLX package takes the model's own tokenizer")
+        MlxFormat._refuse_vocab(vocab_from)
         model_config(source.family, source.config, [])
         with tempfile.TemporaryDirectory() as folder:
             MlxFormat._write_tokenizer(source, Path(folder))
@@ -104,6 +103,11 @@ class MlxFormat:
             out = MlxFormat._write_tokenizer(source, Path(folder))
             files = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         return files + MLX_CARD + MLX_ENTRY * len(all_shapes(source.family, source.config))
+
+    @staticmethod
+    def _refuse_vocab(vocab_from: str | Path | None) -> None:
+        if vocab_from is not None:
+            raise InputError("--vocab-from is for GGUF; an MLX package takes the model's own tokenizer")
 
     @staticmethod
     def _write_tokenizer(source, folder: Path) -> Path:
@@ -119,8 +123,7 @@ class MlxFormat:
         """Package an open checkpoint; returns the exporter's summary."""
         from optrot_edge.exporters.mlx import export_mlx
 
-        if vocab_from is not None:
-            raise InputError("--vocab-from is for GGUF; an MLX package takes the model's own tokenizer")
+        MlxFormat._refuse_vocab(vocab_from)
         return export_mlx(checkpoint, out, overwrite=overwrite, progress=_bar(progress))
 
 

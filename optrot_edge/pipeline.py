@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-from optrot_edge.checkpoint import NoWriter, QuantizedCheckpoint
+from optrot_edge.checkpoint import NoWriter, QuantizedCheckpoint, is_checkpoint
 from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import fingerprint, shaping_fields
 from optrot_edge.formats import check_format
@@ -40,14 +40,15 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, res
     leaves nothing behind, and on a stopped run of other settings or inputs. Warns of numerical trouble that the result
     has, which the manifest keeps under "warnings". Under torchrun the processes share the work and only rank 0 writes.
     """
-    source, recipe, rotation = _opened(model, rotation, fields, progress, False)
+    source, recipe, rotation = _opened(model, rotation, fields, progress)
     with _writer(Path(out), overwrite, restart) as writer:
         return writer.finish(_quantize_into(writer, source, recipe, rotation, progress))
 
 
-def _opened(model, rotation, fields: dict, progress: Progress, vocab_from: str | Path | bool | None) -> tuple:
-    """The open model, the Recipe and the Rotation made before, if one is given, of `quantize`'s arguments, or of
-    `export`'s: `vocab_from` is False when no package is to be made."""
+def _opened(model, rotation, fields: dict, progress: Progress, *, packaged: bool = False,
+            vocab_from: str | Path | None = None) -> tuple:
+    """The open model, the Recipe and the Rotation made before, if one is given, of `quantize`'s arguments, or
+    (`packaged`) of `export`'s."""
     needs_learn()
     from optrot_edge.models import open_model
     from optrot_edge.plan import check_widths
@@ -62,7 +63,7 @@ def _opened(model, rotation, fields: dict, progress: Progress, vocab_from: str |
         Recipe(**fields)  # refuses a bad one before the model is read, or downloaded
     source = open_model(model)
     recipe = PACKAGES[format].recipe(source, fields)
-    if vocab_from is not False:
+    if packaged:
         PACKAGES[format].refuse(source, recipe, vocab_from)
         recipe = without_metadata(source, recipe, vocab_from)
     must_spill(source.config, recipe)  # refuses too small a --max-memory before any work
@@ -196,7 +197,8 @@ def export(model: str | Path, out: str | Path, *, format: str | None = None, ove
     PACKAGES[format].prepare(out, overwrite or was_packaged(place, out))
     if is_checkpoint(model):
         return write_package(format, model, out, overwrite, vocab_from, progress)
-    source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, vocab_from)
+    source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, packaged=True,
+                                       vocab_from=vocab_from)
     with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
         folder = _quantize_into(writer, source, recipe, rotation, progress)
         if checkpoint is not None:
@@ -219,7 +221,8 @@ def plan(model: str | Path, *, packaged: bool = False, format: str | None = None
     from optrot_edge.auto import candidates
     from optrot_edge.plan import make_plan, plan_choice
 
-    source, recipe, _ = _opened(model, None, fields | {"format": format}, quiet, vocab_from if packaged else False)
+    source, recipe, _ = _opened(model, None, fields | {"format": format}, quiet, packaged=packaged,
+                                vocab_from=vocab_from)
     check_windows(source, recipe)
     resolve_device(recipe.device)
     start = starting_point(source, recipe)
@@ -257,11 +260,6 @@ def write_reference(model: str | Path, out: str | Path, *, text: str, **options)
     from optrot_edge.runtime.evaluate import write_reference_file
 
     return write_reference_file(model, out, text=load_text(text, split="test"), **options)
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether `path` is a folder that `quantize` wrote."""
-    return (Path(path) / "optrot.json").is_file()
 
 
 def _format_of(model: str | Path, format: str | None, fields: dict) -> str:

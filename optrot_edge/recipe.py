@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
-from optrot_edge.formats import DTYPES, check_format, full_type, mlx_type
+from optrot_edge.formats import DTYPES, candidates, check_format, full_type, mlx_type
 from optrot_edge.memory import parse_size
 from optrot_edge.rotations.options import OptRotOptions
 from optrot_edge.tensor_types import base_grid, parse_overrides
@@ -117,6 +117,10 @@ class Recipe:
     def grid(self) -> str:
         """The grid of most of the body, or a guess before a target size has decided."""
         return base_grid(self.type or DEFAULT_TYPE)
+
+    def candidates(self, width: int) -> list[str]:
+        """The types that a target size may give rows of `width` weights."""
+        return candidates(width, self.format, self.dtype, self.group_size)
 
     @property
     def which(self) -> set[str]:

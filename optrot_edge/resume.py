@@ -133,8 +133,9 @@ def package(folder: WorkFolder, out: Path, vocab_from: str | Path | None, export
     """
     new, asked = out.with_name(out.name + ".new"), vocab_from and sha256(vocab_from)
     made = folder.journal.about(PACKAGE)
-    restore_folder(out)
     if made and made["vocab_from"] == asked and out.exists() and digest(out) == made["sha256"]:
+        if out.is_dir():
+            restore_folder(out)  # deletes what it replaced
         return made["summary"]
     try:
         summary = export(new) | {"path": str(out)}

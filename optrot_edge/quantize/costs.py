@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from optrot_edge.formats import candidates
 from optrot_edge.models import forward
 from optrot_edge.quantize.gptq import prepare_hessian
 from optrot_edge.quantize.grids import Grid
@@ -69,17 +68,13 @@ def _draw(weights: torch.Tensor, count: int, generator: torch.Generator) -> torc
     return torch.searchsorted(weights.cumsum(0) / total, points).clamp_max(len(weights) - 1)
 
 
-def _candidates(width: int, recipe) -> list[str]:
-    return candidates(width, recipe.format, recipe.dtype, recipe.group_size)
-
-
 def _linear_costs(weights: dict[str, torch.Tensor], h: torch.Tensor, recipe) -> dict[str, dict[str, float]]:
     """By name and type: the mean over the drawn rows of Σ_j D_j η_ij²."""
     cost = prepare_hessian(h, damp=recipe.damp).column_cost.to(h.device, torch.float32)
     stacked = torch.cat(list(weights.values()))
     sizes = [len(weight) for weight in weights.values()]
     out: dict[str, dict[str, float]] = {name: {} for name in weights}
-    for kind in _candidates(stacked.shape[1], recipe):
+    for kind in recipe.candidates(stacked.shape[1]):
         losses = (_error(stacked, kind, h.diagonal()).square() @ cost).split(sizes)
         for name, loss in zip(weights, losses, strict=True):
             out[name][kind] = float(loss.mean())
@@ -102,7 +97,7 @@ def _embedding_costs(source, inputs) -> dict[str, float]:
     for where, grad in zip(place, gradient, strict=True):
         power += torch.zeros_like(power).index_add_(0, where, grad.double()).square()
     return {kind: 0.5 * float((_error(rows, kind).double().square() * power).sum()) / tokens.numel()
-            for kind in _candidates(rows.shape[1], inputs.recipe)}
+            for kind in inputs.recipe.candidates(rows.shape[1])}
 
 
 @torch.no_grad()
@@ -123,7 +118,7 @@ def _head_costs(source, inputs) -> dict[str, float]:
     rows = mass.topk(min(HEAD_ROWS, len(mass))).indices
     weight, share = torch.cat([part[:, rows] for part in spread]), float(mass[rows].sum() / mass.sum())
     out = {}
-    for kind in _candidates(head.shape[1], inputs.recipe):
+    for kind in inputs.recipe.candidates(head.shape[1]):
         error = _error(head[rows], kind, h.diagonal())
         rounding = 0.5 * float((weight * F.linear(judged, error).square()).sum(dtype=torch.float64)) / len(judged)
         before, after = row_losses(error, h.float()), error.square() @ cost
