@@ -8,12 +8,13 @@ the most frequent grid. Checked against mlx-lm 0.32.2.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.expected_tensors import expected_tensors
+from optrot_edge.exporters.hf_config import about_package, hf_config
 from optrot_edge.exporters.mlx_blocks import check_grid
 from optrot_edge.exporters.safetensors_file import Entry
 from optrot_edge.gridspec import GridSpec, grid_spec
@@ -148,39 +149,11 @@ def model_config(family: Family, config: ModelConfig, notes: list[str]) -> dict:
         context = config.sliding_window
         notes.append(f"mlx-lm attends to the whole context; max_position_embeddings is set to the model's sliding "
                      f"window of {context} tokens, within which that is the same")
-    about = {
-        "model_type": family.model_type, "architectures": [family.hf_class], "hidden_act": "silu",
-        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size, "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_scaling(config, context), "max_position_embeddings": context,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        **{flag: bool(config.extra.get(flag)) for flag in family.optional_biases},
-    }
-    ids = {f"{name}_token_id": config.extra.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return about | {name: value for name, value in ids.items() if value is not None}
-
-
-def _rope_scaling(config: ModelConfig, context: int) -> dict | None:
-    """RoPE scaling as mlx-lm reads it; a GGUF's table of factors is its `longrope` with the same factors throughout."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling["rope_type"] != "factors":
-        return scaling
-    return {"rope_type": "longrope", "short_factor": scaling["factors"], "long_factor": scaling["factors"],
-            "original_max_position_embeddings": context}
+    return hf_config(family, replace(config, max_position_embeddings=context))
 
 
 def _about(manifest: dict, config: ModelConfig) -> dict:
     """The package's own entries in config.json: what it was made by, what its runtime must do, and with what file."""
-    rotation, recipe = manifest.get("rotation") or {}, manifest.get("recipe") or {}
-    kept = ("rotation", "rotate", "quantizer", "calibration", "nsamples", "seqlen", "seed", "distill")
-    about = {"format_version": FORMAT_VERSION, "format": "mlx",
-            "version": (manifest.get("versions") or {}).get("optrot-edge"),
-            "rotation": rotation.get("rotation"), "applied": rotation.get("applied", []),
-            "scales": rotation.get("scales", []), "r3_block": rotation.get("r3_block"),
-            "r4_block": rotation.get("r4_block"), "head_mix": config.head_mix,
-            "recipe": {name: recipe[name] for name in kept if name in recipe},
-            "calibration_sha256": manifest.get("calibration_sha256"), "warnings": manifest.get("warnings", [])}
+    about = about_package(manifest, config, "mlx", FORMAT_VERSION)
     online = about["r3_block"] or about["r4_block"] or about["head_mix"]
     return {"optrot": about} | ({"model_file": MODEL_FILE} if online else {})
