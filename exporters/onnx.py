@@ -17,7 +17,7 @@ from optrot_edge.errors import StorageError
 from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
 from optrot_edge.exporters.model_card import onnx_card
 from optrot_edge.exporters.onnx_graph import arrays, write_graph
-from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor, plan_onnx
+from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor, is_package, plan_onnx
 from optrot_edge.journal import move_folder
 
 Progress = Callable[[int, int, str], None]
@@ -59,15 +59,6 @@ def export_onnx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: 
     return {"path": str(out), "bytes": size, "weights": plan.weights,
             "bits_per_weight": 8 * plan.nbytes / plan.weights, "tensors": len(plan.tensors), "dtype": plan.dtype,
             "notes": plan.notes}
-
-
-def is_package(folder: Path) -> bool:
-    """Whether this project wrote `folder` as an ONNX package."""
-    try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("optrot")
-        return isinstance(about, dict) and about.get("format") == "onnx"
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _write(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Progress) -> None:

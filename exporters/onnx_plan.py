@@ -7,9 +7,11 @@ in `onnx/model_q4.onnx_data`).
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
@@ -111,16 +113,31 @@ class Plan:
         return sum(tensor.nbytes(self.dtype) for tensor in self.tensors.values())
 
 
-def check_target(execution_provider: str, accuracy_level: int, dtype: str) -> None:
-    """InputError unless a package can be made for that."""
+def usual_dtype(execution_provider: str) -> str:
+    """What packages for an execution provider are usually in; InputError for an unknown one."""
     if execution_provider not in FLOATS:
         raise InputError(f"--execution-provider {execution_provider}: use {', '.join(FLOATS)}")
+    return FLOATS[execution_provider][0]
+
+
+def check_target(execution_provider: str, accuracy_level: int, dtype: str) -> None:
+    """InputError unless a package can be made for that."""
+    usual_dtype(execution_provider)
     if accuracy_level not in ACCURACY_LEVELS:
         raise InputError(f"--accuracy-level {accuracy_level}: use 0 (float activations) or 4 (int8 ones)")
     if dtype not in FLOATS[execution_provider]:
         raise InputError(f"--execution-provider {execution_provider} computes in "
                          f"{' or '.join(FLOATS[execution_provider])}, and this package is {dtype}; choose another, or "
                          "quantise again with another --dtype")
+
+
+def is_package(folder: Path) -> bool:
+    """Whether this project wrote `folder` as an ONNX package."""
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("optrot")
+        return isinstance(about, dict) and about.get("format") == "onnx"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def plan_onnx(checkpoint: QuantizedCheckpoint, *, execution_provider: str = "cpu", accuracy_level: int = 0) -> Plan:

@@ -24,8 +24,8 @@ from optrot_edge.stopping import stoppable, what_is_kept
 from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp or MLX, "
-                       "and measure what was lost.")
+                  help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp, MLX or "
+                       "onnxruntime, and measure what was lost.")
 settings = {"debug": False, "quiet": False, "json": False}
 
 
@@ -55,8 +55,9 @@ def _emit(result: dict, show) -> None:
 def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, a GGUF file, or a checkpoint "
                                                      "made by `quantize`.")],
            out: Annotated[Path, typer.Option(help="The package to write.")], format: opt.Format = None,
-           type: opt.Type = None, bits: opt.Bits = None, group_size: opt.GroupSize = None, dtype: opt.Dtype = None,
-           embedding_type: opt.EmbeddingType = None, head_type: opt.HeadType = None, tensor_type: opt.TensorType = None,
+           type: opt.Type = None, bits: opt.Bits = None, group_size: opt.GroupSize = None,
+           symmetric: opt.Symmetric = None, dtype: opt.Dtype = None, embedding_type: opt.EmbeddingType = None,
+           head_type: opt.HeadType = None, tensor_type: opt.TensorType = None,
            target_bpw: opt.TargetBpw = None, target_size: opt.TargetSize = None, rotation: opt.Rotation = "auto",
            rotate: opt.Rotate = "r1,r2", scales: opt.Scales = True, r4_block: opt.R4Block = 256,
            optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar", optrot_steps: opt.Steps = None,
@@ -67,7 +68,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            asymmetric: opt.Asymmetric = None, refits: opt.Refits = 2, guidance: opt.Guidance = "none",
            distill: opt.Distill = 0, seed: opt.Seed = 0, device: opt.Device = "auto", max_memory: opt.MaxMemory = None,
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
-           vocab_from: opt.VocabFrom = None, dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False,
+           vocab_from: opt.VocabFrom = None, execution_provider: opt.ExecutionProvider = None,
+           accuracy_level: opt.AccuracyLevel = None, dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False,
            restart: opt.Restart = False, quiet: opt.Quiet = False, json: opt.Json = False, ctx: typer.Context = None):
     """Rotate, quantise and package MODEL in one step (or package a checkpoint)."""
     from optrot_edge import pipeline
@@ -76,19 +78,22 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
         fields = _recipe_fields(ctx)
         given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
         fields = (given if pipeline.is_checkpoint(model) else fields) | {"format": format}
+        options = {"vocab_from": vocab_from, "execution_provider": execution_provider,
+                   "accuracy_level": accuracy_level}
         if dry_run:
-            return _emit(pipeline.plan(model, packaged=True, vocab_from=vocab_from, **fields), print_plan)
+            return _emit(pipeline.plan(model, packaged=True, **options, **fields), print_plan)
         with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):
             result = pipeline.export(model, out, overwrite=overwrite, restart=restart,
-                                     checkpoint=checkpoint, vocab_from=vocab_from, progress=reporter.update, **fields)
+                                     checkpoint=checkpoint, progress=reporter.update, **options, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
 
 
 @app.command()
 def quantize(model: opt.Model, out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
              format: opt.Format = None, type: opt.Type = None, bits: opt.Bits = None, group_size: opt.GroupSize = None,
-             dtype: opt.Dtype = None, embedding_type: opt.EmbeddingType = None, head_type: opt.HeadType = None,
-             tensor_type: opt.TensorType = None, target_bpw: opt.TargetBpw = None, target_size: opt.TargetSize = None,
+             symmetric: opt.Symmetric = None, dtype: opt.Dtype = None, embedding_type: opt.EmbeddingType = None,
+             head_type: opt.HeadType = None, tensor_type: opt.TensorType = None,
+             target_bpw: opt.TargetBpw = None, target_size: opt.TargetSize = None,
              rotation: opt.Rotation = "auto", rotate: opt.Rotate = "r1,r2", scales: opt.Scales = True,
              r4_block: opt.R4Block = 256, optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar",
              optrot_steps: opt.Steps = None, optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0,

@@ -93,6 +93,8 @@ FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6
 FLOAT_TYPES = ("f32", "f16", "bf16")
 MLX_BITS = (2, 3, 4, 5, 6, 8)
 MLX_GROUPS = (32, 64, 128)
+ONNX_BITS = (2, 4, 8)
+ONNX_GROUPS = (16, 32, 64, 128, 256)
 MLX_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 
