@@ -154,17 +154,18 @@ class OnnxFormat:
     @staticmethod
     def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
         """The Recipe for an open model, in what the execution provider computes in where no dtype is given."""
-        from optrot_edge.exporters.onnx_plan import check_target, usual_dtype
+        from optrot_edge.exporters.onnx_plan import usual_dtype
 
         if fields.get("dtype") is None:
             fields = fields | {"dtype": usual_dtype(options.onnx["execution_provider"])}
-        recipe = Recipe(**fields)
-        check_target(dtype=recipe.dtype, **options.onnx)
-        return recipe
+        return Recipe(**fields)
 
     @staticmethod
     def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
+        from optrot_edge.exporters.onnx_plan import check_target
+
+        check_target(dtype=recipe.dtype, **options.onnx)
         for module in ("onnx", "onnx_ir", "onnxruntime_genai"):
             require(module, "onnx", "writing ONNX packages")
         _tokenizer_bytes(source)

@@ -165,8 +165,8 @@ def test_the_package_is_evaluated_in_mlx(model, tmp_path):
     (["--head-type", "bf16"], "bf16: an MLX package has one dtype, here float32"),
     (["--bits", "4", "--target-bpw", "5"], "--bits says what --type, --target-bpw"),
     (["--vocab-from", "x.gguf"], "--vocab-from is for GGUF"),
-    (["--format", "tflite"], "--format tflite: use gguf or mlx"),
-    (["--format", "gguf", "--bits", "4"], "--bits, --group-size and --dtype are for --format mlx"),
+    (["--format", "tflite"], "--format tflite: use gguf, mlx or onnx"),
+    (["--format", "gguf", "--bits", "4"], "--bits, --group-size and --dtype are for --format mlx and onnx"),
 ])
 def test_bad_input_is_refused(options, says, model, tmp_path, capfd):
     refused(capfd, "export", model("llama"), "--format", "mlx", "--out", tmp_path / "package", *options, says=says)
