@@ -228,7 +228,7 @@ def test_missing_libraries_are_named(model, tmp_path):
 
 
 def test_legacy_gguf_grids_are_matmulnbits_own(model, tmp_path):
-    """Q4_0 and Q8_0 are symmetric blocks of 32 with float16 scales: such a checkpoint becomes a half-precision package."""
+    """Q4_0 and Q8_0 are symmetric blocks of 32 with float16 scales: their checkpoints become float16 packages."""
     checkpoint = pipeline.quantize(model("llama"), tmp_path / "c", **RTN | {"format": "gguf"})
     pipeline.export(checkpoint, tmp_path / "package", format="onnx", execution_provider="webgpu")
     tokens = random_tokens(1, 24)
