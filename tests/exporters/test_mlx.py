@@ -18,7 +18,7 @@ import pytest
 from optrot_edge import pipeline
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
-from optrot_edge.exporters import mlx_plan
+from optrot_edge.exporters import folder_package
 from optrot_edge.exporters.mlx import export_mlx
 from optrot_edge.models.family import get_family
 from optrot_edge.runtime.mlx import MlxBackend
@@ -101,7 +101,7 @@ def test_modules_of_other_grids_are_listed(checkpoint, tmp_path):
 
 def test_shards_and_their_index(checkpoint, tmp_path, monkeypatch):
     pipeline.export(checkpoint, tmp_path / "whole")
-    monkeypatch.setattr(mlx_plan, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(folder_package, "SHARD_BYTES", 40_000)
     pipeline.export(checkpoint, tmp_path / "package")
     files = sorted(path.name for path in (tmp_path / "package").glob("*.safetensors"))
     index = json.loads((tmp_path / "package/model.safetensors.index.json").read_text())
@@ -209,14 +209,12 @@ def test_nothing_is_left_of_a_failure(checkpoint, tmp_path):
 
 
 def test_damage_is_seen_when_read_back(checkpoint, tmp_path, monkeypatch):
-    from optrot_edge.exporters import mlx
-
     def damaged(path, entries, arrays, metadata):
         arrays = [(name, array ^ 1 if name == "lm_head.weight" else array) for name, array in arrays]
         write(path, entries, arrays, metadata)
 
-    write = mlx.write_safetensors
-    monkeypatch.setattr(mlx, "write_safetensors", damaged)
+    write = folder_package.write_safetensors
+    monkeypatch.setattr(folder_package, "write_safetensors", damaged)
     with pytest.raises(RuntimeError, match="lm_head read back differently"):
         export_mlx(QuantizedCheckpoint(checkpoint), tmp_path / "package")
     assert left(tmp_path) == ["c"]
