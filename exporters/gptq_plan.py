@@ -33,6 +33,9 @@ HEAD = ("the head is quantised: GPTQModel, vLLM and onnxruntime-genai's model bu
 ZEROS = ("zero-points off the middle: onnxruntime-genai's model builder, vLLM and transformers with optimum read them, "
          "GPTQModel's own loader refuses them in this format")
 
+LINEAR = ("RoPE with linear scaling: onnxruntime-genai's model builder (0.18) gets such models wrong, "
+          "float ones too")
+
 
 class GptqPlan(FolderPlan):
     """A GPTQ folder: codes and zero-points in int32 words, floats and scales in float16."""
@@ -91,6 +94,8 @@ def plan_gptq(checkpoint: QuantizedCheckpoint) -> GptqPlan:
     plan.config = (hf_config(family, config) | {"torch_dtype": plan.dtype}
                    | {"quantization_config": _quantization(tensors, plan.notes),
                       "optrot": provenance(checkpoint.manifest, config, "gptq")})
+    if (config.rope_scaling or {}).get("rope_type") == "linear":
+        plan.notes.append(LINEAR)
     version = plan.config["optrot"]["version"]
     plan.config["quantization_config"]["meta"] = {"quantizer": [f"optrot-edge:{version}" if version else "optrot-edge"]}
     return plan

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from optrot_edge.checkpoint import QuantizedTensor
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gptq_blocks import GPTQ_BITS, GPTQ_GROUPS, check_grid, check_shape, pack, unpack
 from optrot_edge.gridspec import grid_spec
+from optrot_edge.quantize.grids import Grid
 
 
 def decode(parts: dict[str, np.ndarray], bits: int) -> np.ndarray:
@@ -79,6 +81,18 @@ def test_a_zero_point_of_0_that_cannot_move_is_refused():
     tensor.offsets[5, 1], tensor.codes[5, 40] = 0, 15
     with pytest.raises(InputError, match="q_proj .* zero-point 0 that needs all levels.* int4-g32-sym-f16"):
         pack(tensor, "q_proj")
+
+
+@pytest.mark.parametrize("bits", GPTQ_BITS)
+def test_fitted_zero_points_are_never_0(bits):
+    """Not even of weights that are all positive or all 0."""
+    grid = Grid(f"int{bits}-g16-zero-f16")
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).abs()
+    weight[3] = 0
+    params = grid.fit(weight)
+    tensor = grid.pack(grid.round(weight, params), params)
+    assert tensor.offsets.min() == 1
+    assert np.array_equal(decode(pack(tensor), bits), tensor.decode())
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q6_k", "int4-g32-sym", "int3-g32-sym-f16", "int4-g32-min-f16",
