@@ -41,7 +41,7 @@ tags:
 |---|---|
 {rows}
 
-{how}, and onnxruntime-genai's model builder makes an ONNX model of this folder.
+{how} this folder; onnxruntime-genai's model builder makes an ONNX model of it.
 
 ```bash
 {command}
@@ -53,7 +53,7 @@ LOADERS = {  # by whether the grids are symmetric: GPTQModel's own loader wants 
     True: {"how": "GPTQModel loads", "command": """pip install gptqmodel
 python -c "from gptqmodel import GPTQModel; m = GPTQModel.load('.')
 print(m.tokenizer.decode(m.generate('Hello')[0]))\""""},
-    False: {"how": "transformers loads, with optimum and GPTQModel", "command": """pip install gptqmodel optimum
+    False: {"how": "transformers, with optimum and GPTQModel, loads", "command": """pip install gptqmodel optimum
 python -c "from transformers import pipeline; print(pipeline('text-generation', '.')('Hello'))\""""},
 }
 
