@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, check_replaceable, same_bits
-from optrot_edge.errors import StorageError
+from optrot_edge.checkpoint import QuantizedCheckpoint, same_bits
+from optrot_edge.exporters.folder_package import Progress, check_place, make_folder, summary
 from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
 from optrot_edge.exporters.model_card import onnx_card
 from optrot_edge.exporters.onnx_graph import arrays, write_graph
-from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor, is_package, plan_onnx
-from optrot_edge.journal import move_folder
-
-Progress = Callable[[int, int, str], None]
+from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor, plan_onnx
 
 
 def export_onnx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: bool = False,
@@ -32,33 +27,19 @@ def export_onnx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: 
     bytes in all, what was done), where writing and verifying each count every byte once. Returns `path`, `bytes`,
     `weights`, `bits_per_weight` (all tensors over all weights), `tensors` (how many of the model's), `dtype`, `notes`.
 
-    The folder is written as `out` + ".partial", read back and compared with the checkpoint, and renamed; whatever
-    fails, Ctrl-C included, no partial folder stays. Raises InputError for bad input (see `plan_onnx`) or an output that
-    cannot be written, RuntimeError if what was written is not the checkpoint.
+    Nothing stays when this fails, see `make_folder`. Raises InputError for bad input (see `plan_onnx`), StorageError
+    when the disk refuses, RuntimeError if what was written is not the checkpoint.
     """
     out = Path(out)
-    check_replaceable(out, overwrite, "ONNX package", is_package)
+    check_place(out, overwrite, "onnx")
     plan = plan_onnx(checkpoint, execution_provider=execution_provider, accuracy_level=accuracy_level)
-    partial = out.absolute().with_name(out.absolute().name + ".partial")
     report = progress or (lambda done, total, what: None)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < plan.nbytes:
-            raise StorageError(f"{out}: {plan.nbytes:,} bytes are needed and {free:,} are free; "
-                               "choose another disk or fewer bits")
-        _write(plan, checkpoint, partial, report)
-        _verify(plan, checkpoint, partial, report)
-        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        move_folder(partial, out)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return {"path": str(out), "bytes": size, "weights": plan.weights,
-            "bits_per_weight": 8 * plan.nbytes / plan.weights, "tensors": len(plan.tensors), "dtype": plan.dtype,
-            "notes": plan.notes}
+
+    def fill(folder: Path) -> None:
+        _write(plan, checkpoint, folder, report)
+        _verify(plan, checkpoint, folder, report)
+
+    return summary(plan, out, make_folder(out, plan.nbytes, fill))
 
 
 def _write(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Progress) -> None:
@@ -72,7 +53,8 @@ def _write(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Pr
     (folder / "config.json").write_text(json.dumps(plan.config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     write_hf_tokenizer(checkpoint.path / "tokenizer", folder, plan.model)
     write_graph(plan, checkpoint.get, folder, progress)
-    (folder / "README.md").write_text(onnx_card(plan, checkpoint.manifest), encoding="utf-8")
+    card = onnx_card(plan.config, checkpoint.manifest, plan.bits_per_weight)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _verify(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Progress) -> None:

@@ -7,24 +7,22 @@ in `onnx/model_q4.onnx_data`).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import numpy as np
 
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.expected_tensors import expected_tensors
-from optrot_edge.exporters.hf_config import about_package, hf_config
+from optrot_edge.exporters.folder_package import provenance
+from optrot_edge.exporters.hf_config import hf_config
 from optrot_edge.exporters.onnx_blocks import check_grid
 from optrot_edge.gridspec import GridSpec, grid_spec
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import HEAD_MIX, Family
 
-FORMAT_VERSION = 1
 FLOATS = {"cpu": ("float32",), "cuda": ("float16",), "dml": ("float16",), "webgpu": ("float16", "float32")}
 """What each execution provider's fused attention computes in, its usual first (onnxruntime-genai's builder)."""
 ACCURACY_LEVELS = (0, 4)  # of MatMulNBits: float activations, or int8 ones
@@ -112,6 +110,11 @@ class Plan:
         """Bytes of the model's tensors."""
         return sum(tensor.nbytes(self.dtype) for tensor in self.tensors.values())
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensors over all weights."""
+        return 8 * self.nbytes / self.weights
+
 
 def usual_dtype(execution_provider: str) -> str:
     """What packages for an execution provider are usually in; InputError for an unknown one."""
@@ -129,15 +132,6 @@ def check_target(execution_provider: str, accuracy_level: int, dtype: str) -> No
         raise InputError(f"--execution-provider {execution_provider} computes in "
                          f"{' or '.join(FLOATS[execution_provider])}, and this package is {dtype}; choose another, or "
                          "quantise again with another --dtype")
-
-
-def is_package(folder: Path) -> bool:
-    """Whether this project wrote `folder` as an ONNX package."""
-    try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("optrot")
-        return isinstance(about, dict) and about.get("format") == "onnx"
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def plan_onnx(checkpoint: QuantizedCheckpoint, *, execution_provider: str = "cpu", accuracy_level: int = 0) -> Plan:
@@ -164,7 +158,7 @@ def plan_onnx(checkpoint: QuantizedCheckpoint, *, execution_provider: str = "cpu
             sizes[tensor.spec.bits] += prod(tensor.shape)
     bits = sizes.most_common(1)[0][0] if sizes else None
     name, js_dtype = _TRANSFORMERS_JS.get((bits, dtype), ("model_quantized", "q8"))
-    about = about_package(checkpoint.manifest, config, "onnx", FORMAT_VERSION)
+    about = provenance(checkpoint.manifest, config, "onnx")
     about |= {"accuracy_level": accuracy_level, "execution_provider": execution_provider}
     about_js = {"dtype": js_dtype, "use_external_data_format": {f"{name}.onnx": 1},
                 "kv_cache_dtype": {js_dtype: dtype}}

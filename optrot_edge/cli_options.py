@@ -35,16 +35,17 @@ Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower 
 Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Format = Annotated[str | None, typer.Option(help="Package format: gguf (llama.cpp, the default), mlx (mlx-lm) or onnx "
-                                                 "(onnxruntime, onnxruntime-genai, transformers.js).")]
+Format = Annotated[str | None, typer.Option(help="Format: gguf (llama.cpp, the default), mlx (mlx-lm), onnx "
+                                                 "(onnxruntime, transformers.js) or gptq (GPTQModel, "
+                                                 "transformers, vLLM).")]
 Type = Annotated[str | None, typer.Option(
     help=f"Type of the decoder's matrices: {', '.join(GGUF_TYPES)}; llama.cpp's mixes "
-         f"{', '.join(PRESETS)}; for MLX and ONNX see --bits; in checkpoints only: int4-g128-sym and the like "
+         f"{', '.join(PRESETS)}; for the others see --bits; in checkpoints only: int4-g128-sym and the like "
          f"(default: {DEFAULT_TYPE}).")]
 
 
 def _each(values: dict, separator: str = ", ") -> str:
-    """What MLX and what ONNX has."""
+    """What each format has."""
     return "; ".join(f"{name.upper()} {separator.join(map(str, found)) if isinstance(found, tuple) else found}"
                      for name, found in values.items())
 
@@ -52,8 +53,8 @@ def _each(values: dict, separator: str = ", ") -> str:
 Bits = Annotated[int | None, typer.Option(help=f"Bits per weight: {_each(BITS)} (default: {DEFAULT_BITS}).")]
 GroupSize = Annotated[int | None, typer.Option(help=f"Weights that share a scale and an offset: {_each(GROUPS)} "
                                                     f"(default: {_each(DEFAULT_GROUP)}).")]
-Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="ONNX: without or with stored "
-                                                "zero-points (default: with).")]
+Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="ONNX and GPTQ: zero-points in "
+                                                "the middle, or free (default: ONNX free, GPTQ in the middle).")]
 Dtype = Annotated[str | None, typer.Option(help=f"What scales and norms are stored in: {_each(DTYPES)} (default: MLX "
                                                 "the model's own, ONNX the execution provider's).")]
 ExecutionProvider = Annotated[str | None, typer.Option(help="ONNX: what the package is for: cpu (float32; wasm too), "
@@ -62,10 +63,10 @@ AccuracyLevel = Annotated[int | None, typer.Option(help="ONNX: activations in Ma
                                                         "0).")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB or 800MB: activations go to "
                                                     "the disk where they do not fit (default: the machine's).")]
-EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding, for MLX and ONNX such as 8bit "
+EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding; others than GGUF such as 8bit "
                                                         "(default: --type).")]
 HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
-                                                   "a mix the mix's, for ONNX 8 bits, for MLX the rest's).")]
+                                                   "a mix the mix's; ONNX 8 bits, MLX the rest's, GPTQ f16).")]
 TensorType = Annotated[list[str] | None, typer.Option(
     metavar="PATTERN=TYPE", help="Type of the matrices whose name the regular expression finds, such as "
                                  "ffn_down=q6_k or 'blk\\.[0-3]\\.attn_v=q8_0'; repeatable, the first "

@@ -16,20 +16,21 @@ from optrot_edge.gridspec import (
     grid_spec,
 )
 
-FORMATS = ("gguf", "mlx", "onnx")
-DTYPES = {"mlx": tuple(MLX_DTYPES.values()), "onnx": ("float32", "float16")}  # of a package
-BITS = {"mlx": MLX_BITS, "onnx": ONNX_BITS}
-GROUPS = {"mlx": MLX_GROUPS, "onnx": ONNX_GROUPS}
+FORMATS = ("gguf", "mlx", "onnx", "gptq")
+DTYPES = {"mlx": tuple(MLX_DTYPES.values()), "onnx": ("float32", "float16"), "gptq": ("float16",)}
+BITS = {"mlx": MLX_BITS, "onnx": ONNX_BITS, "gptq": ONNX_BITS}
+GROUPS = {"mlx": MLX_GROUPS, "onnx": ONNX_GROUPS, "gptq": ONNX_GROUPS}
 DEFAULT_BITS = 4
-DEFAULT_GROUP = {"mlx": 64, "onnx": 32}  # mlx-lm's own, onnxruntime-genai's own
+DEFAULT_GROUP = {"mlx": 64, "onnx": 32, "gptq": 128}  # of mlx-lm, onnxruntime-genai, GPTQModel
 FLOAT_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0}
 GGUF_TYPES = (*GGUF_GRIDS, "f32", "f16")
-_NAMES = {"mlx": "MLX", "onnx": "ONNX"}
+_NAMES = {"mlx": "MLX", "onnx": "ONNX", "gptq": "GPTQ"}
 _DTYPE_NAMES = {dtype: short for short, dtype in MLX_DTYPES.items()}
 _PATTERNS = {
     "mlx": r"(?:mlx-)?(?P<bits>\d+)bit(?:-g(?P<group>\d+))?(?:-(?P<dtype>f16|bf16|f32))?",
     "onnx": r"(?:int(?P<int>\d)|(?P<bits>\d+)bit)(?:-g(?P<group>\d+))?(?:-(?P<zero>sym|zero))?(?:-(?P<dtype>f16))?",
 }
+_PATTERNS["gptq"] = _PATTERNS["onnx"]
 _STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16"}
 
 
@@ -41,9 +42,9 @@ def check_format(name: str) -> None:
 
 def grid_type(format: str, bits: int | None = None, group_size: int | None = None, dtype: str = "float16",
               symmetric: bool | None = None) -> str:
-    """Name of the affine grid of an MLX or ONNX package of `dtype`; InputError for what it cannot store.
+    """Name of the affine grid of an MLX, ONNX or GPTQ package of `dtype`; InputError for what it cannot store.
 
-    `symmetric` is ONNX's: zero-points in the middle, which are not stored; the default stores them.
+    `symmetric` has ONNX's and GPTQ's zero-points in the middle; None: ONNX's are not, GPTQ's are.
     """
     bits, group_size = DEFAULT_BITS if bits is None else bits, group_size or DEFAULT_GROUP[format]
     if bits not in BITS[format]:
@@ -51,6 +52,7 @@ def grid_type(format: str, bits: int | None = None, group_size: int | None = Non
     if group_size not in GROUPS[format]:
         raise InputError(f"--group-size {group_size}: {_NAMES[format]} stores groups of "
                          f"{', '.join(map(str, GROUPS[format]))}")
+    symmetric = format == "gptq" if symmetric is None else symmetric
     if format == "mlx":
         return f"mlx-{bits}bit-g{group_size}-{_DTYPE_NAMES[dtype]}"
     return f"int{bits}-g{group_size}-{'sym' if symmetric else 'zero'}{'-f16' if dtype == 'float16' else ''}"
@@ -63,15 +65,15 @@ def source_dtype(stored: str) -> str:
 
 
 def full_type(format: str, kind: str, dtype: str, group_size: int | None = None, symmetric: bool | None = None) -> str:
-    """The grid or float type that an MLX or ONNX package of `dtype` has for `kind`.
+    """The grid or float type that an MLX, ONNX or GPTQ package of `dtype` has for `kind`.
 
-    `6bit` and `6bit-g32` are short for `mlx-6bit-g32-f16`; for ONNX `8bit-g32` is, `8bit-g32-sym` and `8bit-g32-zero`.
+    `6bit` and `6bit-g32` are short for `mlx-6bit-g32-f16`; for the others `8bit`, `8bit-g32`, `8bit-g32-sym` will do.
     Raises InputError for what the format cannot store, and for a dtype that is not the package's.
     """
     short, name = _DTYPE_NAMES[dtype], _NAMES[format]
     if kind in MLX_DTYPES:
         if kind != short:
-            raise InputError(f"{kind}: an {name} package has one dtype, here {dtype}; choose it with --dtype")
+            raise InputError(f"{kind}: {name} packages have one dtype, here {dtype}; choose it with --dtype")
         return kind
     match = re.fullmatch(_PATTERNS[format], kind)
     if not match:
@@ -79,7 +81,7 @@ def full_type(format: str, kind: str, dtype: str, group_size: int | None = None,
                          f"(such as {BITS[format][-1]}bit-g32 with groups of 32) and {short}")
     found = match.groupdict()
     if found["dtype"] not in (None, short):
-        raise InputError(f"{kind}: an {name} package has one dtype, here {dtype}; choose it with --dtype")
+        raise InputError(f"{kind}: {name} packages have one dtype, here {dtype}; choose it with --dtype")
     group_size = int(found["group"]) if found["group"] else group_size
     symmetric = found["zero"] == "sym" if found.get("zero") else symmetric
     return grid_type(format, int(found.get("int") or found["bits"]), group_size, dtype, symmetric)
@@ -96,7 +98,7 @@ def candidates(width: int, format: str = "gguf", dtype: str | None = None, group
 
 
 def bits_of(kind: str, dtype: str | None = None) -> float:
-    """Stored bits per weight of a grid or float type; all floats of an MLX or ONNX package have its `dtype`."""
+    """Stored bits per weight of a grid or float type; all floats of packages but GGUF have its `dtype`."""
     if kind in FLOAT_TYPES:
         return FLOAT_BITS[kind] if dtype is None else 32.0 if dtype == "float32" else 16.0
     return grid_spec(kind).bits_per_weight

@@ -67,6 +67,11 @@ class GridSpec:
         return {"min": "mins", "zero": "zeros"}.get(self.kind)
 
     @property
+    def lowest_zero(self) -> int:
+        """The lowest zero-point: GPTQ's format stores 1 less, and its readers disagree about −1."""
+        return 1 if self.kind == "zero" and self.scale_dtype == "float16" else 0
+
+    @property
     def is_affine(self) -> bool:
         """Whether the levels need not lie around zero."""
         return self.kind in ("min", "zero")

@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, check_replaceable, chosen_by_auto
+from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto
 from optrot_edge.errors import InputError
 from optrot_edge.formats import GGUF_TYPES, source_dtype
 from optrot_edge.inputs import Progress
@@ -17,7 +17,7 @@ from optrot_edge.runtime.imports import require
 from optrot_edge.tensor_types import all_shapes, parse_overrides
 
 ONNX_LAYER = 2**14  # bytes of a layer's nodes, names and vectors in an ONNX graph
-MLX_ENTRY = 600  # bytes of a matrix's names and places in an MLX package, in the file's header, the index and config
+ENTRY = 600  # bytes of a matrix's names and places in safetensors, in the file's header, the index and config
 CARD = 2**13  # of the rest that is neither tensors nor tokenizer
 
 
@@ -108,9 +108,9 @@ class MlxFormat:
     @staticmethod
     def prepare(out: Path, overwrite: bool) -> None:
         """InputError when `out` is taken."""
-        from optrot_edge.exporters.mlx import is_package
+        from optrot_edge.exporters.folder_package import check_place
 
-        check_replaceable(out, overwrite, "MLX package", is_package)
+        check_place(out, overwrite, "mlx")
 
     @staticmethod
     def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
@@ -130,7 +130,7 @@ class MlxFormat:
     @staticmethod
     def metadata_bytes(source, options: PackageOptions) -> int:
         """Bytes of the package of an open model that are not tensors, at most."""
-        return _tokenizer_bytes(source) + CARD + MLX_ENTRY * len(all_shapes(source.family, source.config))
+        return _tokenizer_bytes(source) + CARD + ENTRY * len(all_shapes(source.family, source.config))
 
     @staticmethod
     def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, options: PackageOptions,
@@ -147,9 +147,9 @@ class OnnxFormat:
     @staticmethod
     def prepare(out: Path, overwrite: bool) -> None:
         """InputError when `out` is taken."""
-        from optrot_edge.exporters.onnx_plan import is_package
+        from optrot_edge.exporters.folder_package import check_place
 
-        check_replaceable(out, overwrite, "ONNX package", is_package)
+        check_place(out, overwrite, "onnx")
 
     @staticmethod
     def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
@@ -187,6 +187,51 @@ class OnnxFormat:
         return export_onnx(checkpoint, out, overwrite=overwrite, progress=_bar(progress), **options.onnx)
 
 
+class GptqFormat:
+    """A folder for GPTQModel, transformers, vLLM and onnxruntime-genai's builder. Methods as GgufFormat's."""
+
+    @staticmethod
+    def prepare(out: Path, overwrite: bool) -> None:
+        """InputError when `out` is taken."""
+        from optrot_edge.exporters.folder_package import check_place
+
+        check_place(out, overwrite, "gptq")
+
+    @staticmethod
+    def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
+        """The Recipe for an open model."""
+        return Recipe(**fields)
+
+    @staticmethod
+    def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
+        """InputError, before an hour of work, for what the exporter would refuse after it."""
+        from optrot_edge.exporters.gptq_plan import refuse_model
+
+        which = set() if recipe.rotation == "none" else recipe.which
+        refuse_model(source.family, source.config, *(name in which for name in ("r3", "r4")))
+        if recipe.embedding_type != "f16":
+            raise InputError(f"--embedding-type {recipe.embedding_type}: GPTQ's format has float embeddings only; use "
+                             "f16")
+        if source.config.tie_word_embeddings and recipe.head_type != "f16":
+            raise InputError(f"--head-type {recipe.head_type}: this model's head is tied to its embedding, and GPTQ's "
+                             "format has float embeddings only; use f16")
+        _tokenizer_bytes(source)
+
+    @staticmethod
+    def metadata_bytes(source, options: PackageOptions) -> int:
+        """Bytes of the package of an open model that are not tensors, at most."""
+        indices = 4 * sum(shape[-1] for shape in all_shapes(source.family, source.config).values() if len(shape) == 2)
+        return _tokenizer_bytes(source) + CARD + indices + ENTRY * len(all_shapes(source.family, source.config))
+
+    @staticmethod
+    def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, options: PackageOptions,
+              progress: Progress) -> dict:
+        """Package an open checkpoint; returns the exporter's summary."""
+        from optrot_edge.exporters.gptq import export_gptq
+
+        return export_gptq(checkpoint, out, overwrite=overwrite, progress=_bar(progress))
+
+
 def _tokenizer_bytes(source) -> int:
     """Bytes of an open model's tokenizer as Hugging Face files; InputError where it cannot be had."""
     from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
@@ -199,7 +244,7 @@ def _tokenizer_bytes(source) -> int:
         return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
-PACKAGES = {"gguf": GgufFormat, "mlx": MlxFormat, "onnx": OnnxFormat}
+PACKAGES = {"gguf": GgufFormat, "mlx": MlxFormat, "onnx": OnnxFormat, "gptq": GptqFormat}
 
 
 def _bar(progress: Progress):

@@ -273,10 +273,11 @@ def plan_checkpoint(path: str | Path, format: str, options) -> dict:
 
 def _package_tensors(checkpoint: QuantizedCheckpoint, format: str, options) -> tuple[list[tuple], list[str]]:
     """(name in the checkpoint, type, shape, bytes) of every tensor of the package, and remarks."""
-    if format == "mlx":
+    if format in ("mlx", "gptq"):
+        from optrot_edge.exporters.gptq_plan import plan_gptq
         from optrot_edge.exporters.mlx_plan import plan_mlx
 
-        plan = plan_mlx(checkpoint)
+        plan = plan_mlx(checkpoint) if format == "mlx" else plan_gptq(checkpoint)
         return [(tensor.source, tensor.spec.name if tensor.spec else plan.dtype, tensor.shape, plan.size_of(tensor))
                 for tensor in plan.tensors], plan.notes
     if format == "onnx":

@@ -30,10 +30,11 @@ class Recipe:
     `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: types by
     measured KL per byte, see `optrot_edge.budget`; `embedding_type` and `head_type` None are then
     decided with the rest.
-    `format` is the package that all this is for, None: gguf. For "mlx" and "onnx", `bits` and `group_size` stand for
-    `type` (4, and 64 or 32), short names as `8bit` will do, and `dtype` is the package's (None: float16, ONNX float32);
-    embedding and head have that type too where no other is given, an ONNX head 8 bits; with a target size `group_size`
-    leaves the bits open only. `symmetric` is ONNX's: no zero-points are stored. `rotation` is
+    `format` is the package that all this is for, None: gguf. For others than "gguf", `bits` and `group_size` stand
+    for `type` (4, and 64 for "mlx", 32 for "onnx", 128 for "gptq"), short names as `8bit` will do, and `dtype` is the
+    package's (None: float16, ONNX float32); embedding and head have that type too where no other is given, an ONNX head
+    8 bits, GPTQ's both float16; with a target size `group_size` leaves the bits open only. `symmetric`: zero-points of
+    "onnx" (None: not) and "gptq" (None: so) lie in the middle. `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
@@ -146,13 +147,13 @@ class Recipe:
         self.tensor_type = list(self.tensor_type or ())
         self.format = self.format or "gguf"
         check_format(self.format)
-        if self.symmetric is not None and self.format != "onnx":
-            raise InputError("--symmetric and --asymmetric are for --format onnx")
+        if self.symmetric is not None and self.format not in ("onnx", "gptq"):
+            raise InputError("--symmetric and --asymmetric are for --format onnx and gptq")
         if self.format != "gguf":
             self._check_affine()
         elif not self.bits == self.group_size == self.dtype is None:
-            raise InputError("--bits, --group-size and --dtype are for --format mlx and onnx; GGUF's types are chosen "
-                             "with --type")
+            raise InputError("--bits, --group-size and --dtype are for --format mlx, onnx and gptq; GGUF's types are "
+                             "chosen with --type")
         parse_overrides(self.tensor_type)
         for kind in (self.embedding_type, self.head_type):
             if kind is not None and kind not in FLOAT_TYPES:
@@ -171,7 +172,9 @@ class Recipe:
             raise InputError("a target size is met by what calibration measures; give --calibration")
 
     def _check_affine(self) -> None:
-        """Full names of all types of an MLX or ONNX package."""
+        """Full names of all types of a package that is not GGUF."""
+        if self.format == "gptq":  # has no other embedding, and few readers another head
+            self.embedding_type, self.head_type = self.embedding_type or "f16", self.head_type or "f16"
         self.dtype = self.dtype or ("float32" if self.format == "onnx" else "float16")
         if self.dtype not in DTYPES[self.format]:
             raise InputError(f"--dtype {self.dtype}: use {', '.join(DTYPES[self.format])}")
