@@ -26,6 +26,7 @@ from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor
 from optrot_edge.models.family import HEAD_MIX
 
 BUILDERS = {"llama": LlamaModel, "mistral": MistralModel, "qwen2": QwenModel, "qwen3": Qwen3Model}
+ONE_MATRIX = 128  # largest Hadamard block that is one MatMul
 _INLINE = 1024  # bytes up to which a tensor stays in the .onnx file
 _DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 Progress = Callable[[int, str], None]
@@ -223,20 +224,35 @@ class _FrozenCodes:
     # online rotations
 
     def _hadamard(self, name: str, root_input: str, width: int, block: int) -> str:
-        """Walsh-Hadamard transform of every `block` of the last axis, `width` wide; the new value's name."""
-        matrix = f"hadamard_{block}"
-        if matrix not in self.stored:
-            self.stored[matrix] = "hadamard"
-            self.make_initializer(_sylvester(block), matrix, to=self.io_dtype)
-        shape = ["batch_size", "sequence_length", width // block, block]
-        self.make_reshape(f"{name}/Split", [root_input, f"/model/constants/INT64/[0, 0, {width // block}, {block}]"],
-                          self.io_dtype, shape)
-        self.make_node("MatMul", inputs=[f"{name}/Split/output_0", matrix], outputs=[f"{name}/MatMul/output_0"],
-                       name=f"{name}/MatMul")
-        self.make_value(f"{name}/MatMul/output_0", self.io_dtype, shape=shape)
-        self.make_reshape(f"{name}/Join", [f"{name}/MatMul/output_0", f"/model/constants/INT64/[0, 0, {width}]"],
-                          self.io_dtype, self.make_hidden_state_shape(last_dim=width))
+        """Walsh-Hadamard transform of every `block` of the last axis, `width` wide; the new value's name.
+
+        Blocks above ONE_MATRIX go as a matrix [p, q] through one of order q from the right and of order p from the
+        left, of which Sylvester's matrix of order p · q is the Kronecker product (`benchmarks/onnx_r4.py`).
+        """
+        left, right = hadamard_factors(block)
+        inner = [width // block, *([left, right] if left > 1 else [block])]
+        shape = ["batch_size", "sequence_length", *inner]
+        self.make_reshape(f"{name}/Split", [root_input, f"/model/constants/INT64/{[0, 0, *inner]}"], self.io_dtype,
+                          shape)
+        value = f"{name}/Split/output_0"
+        for side, order in (("Right", right), ("Left", left)):
+            if order > 1:
+                matrix = self._hadamard_matrix(order)
+                inputs = [value, matrix] if side == "Right" else [matrix, value]
+                value = f"{name}/{side}/output_0"
+                self.make_node("MatMul", inputs=inputs, outputs=[value], name=f"{name}/{side}")
+                self.make_value(value, self.io_dtype, shape=shape)
+        self.make_reshape(f"{name}/Join", [value, f"/model/constants/INT64/[0, 0, {width}]"], self.io_dtype,
+                          self.make_hidden_state_shape(last_dim=width))
         return f"{name}/Join/output_0"
+
+    def _hadamard_matrix(self, order: int) -> str:
+        """Name of the matrix that all layers share."""
+        name = f"hadamard_{order}"
+        if name not in self.stored:
+            self.stored[name] = "hadamard"
+            self.make_initializer(sylvester(order), name, to=self.io_dtype)
+        return name
 
     def is_fused_rope_supported(self) -> bool:
         return self.plan.r3_block is None and super().is_fused_rope_supported()
@@ -260,7 +276,15 @@ class _FrozenCodes:
         ir.save(self.model, path, external_data=self.plan.data_name, size_threshold_bytes=_INLINE)
 
 
-def _sylvester(order: int) -> np.ndarray:
+def hadamard_factors(block: int) -> tuple[int, int]:
+    """Orders of the matrices that transform a block, from the left (1: none) and from the right."""
+    if block <= ONE_MATRIX:
+        return 1, block
+    left = 1 << (block.bit_length() - 1) // 2
+    return left, block // left
+
+
+def sylvester(order: int) -> np.ndarray:
     """The orthogonal Walsh-Hadamard matrix [order, order], order a power of two."""
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < order:

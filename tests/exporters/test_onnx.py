@@ -81,8 +81,8 @@ def test_online_rotations_are_in_the_graph(case, rotate, model, tmp_path):
     config, tied = json.loads((tmp_path / "package/config.json").read_text()), case != "mistral_window"
     assert config["tie_word_embeddings"] == tied and config["optrot"]["head_mix"] == (tied and "r1" in rotate)
     nodes = {node.name: node for node in onnx.load(graph_of(tmp_path / "package"), load_external_data=False).graph.node}
-    assert ("/model/layers.0/mlp/down_proj/R4/MatMul" in nodes) == ("r4" in rotate)
-    assert ("/model/layers.1/attn/k_rotary/R3/MatMul" in nodes) == ("r3" in rotate)
+    assert ("/model/layers.0/mlp/down_proj/R4/Right" in nodes) == ("r4" in rotate)
+    assert ("/model/layers.1/attn/k_rotary/R3/Right" in nodes) == ("r3" in rotate)
     assert ("/lm_head/mix/MatMul" in nodes) == config["optrot"]["head_mix"]
     tokens = random_tokens(1, 24)
     found = onnx_logits(tmp_path / "package", tokens)
@@ -90,6 +90,19 @@ def test_online_rotations_are_in_the_graph(case, rotate, model, tmp_path):
     assert worst < 1e-4
     _, lost = spread(found, original_logits(model(case), tokens))
     assert lost < 0.1  # 8 bits
+
+
+@pytest.mark.parametrize("block", [64, 128, 256, 512])
+def test_blocks_of_r4(block, model, tmp_path):
+    """Large blocks go through two small matrices."""
+    checkpoint = pipeline.quantize(model("wide"), tmp_path / "c", bits=8, rotate="r4", r4_block=block,
+                                   **RTN | {"rotation": "hadamard"})
+    pipeline.export(checkpoint, tmp_path / "package")
+    nodes = {node.name for node in onnx.load(graph_of(tmp_path / "package"), load_external_data=False).graph.node}
+    assert ("/model/layers.0/mlp/down_proj/R4/Left" in nodes) == (block > 128)
+    tokens = random_tokens(1, 24)
+    worst, _ = spread(onnx_logits(tmp_path / "package", tokens), torch_logits(checkpoint, tokens))
+    assert worst < 1e-4
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
