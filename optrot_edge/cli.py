@@ -162,7 +162,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
              backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx, onnxruntime or torch (default: by "
                                                               "kind).")] = None,
-             device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+             device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
              kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
@@ -190,7 +190,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
 def chat(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or an ONNX folder.")],
          prompt: Annotated[str, typer.Argument(help="The user's message.")],
          max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-         device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+         device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
          trust_remote_code: opt.TrustRemoteCode = False, quiet: opt.Quiet = False, json: opt.Json = False):
     """One answer of PACKAGE in its real runtime, by its own chat template, always of the most likely tokens."""
     from optrot_edge import pipeline

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from optrot_edge.errors import InputError
-from optrot_edge.models.onnx_folder import OnnxFolder
+from optrot_edge.models.onnx_folder import GENAI_CONFIG, OnnxFolder
 from optrot_edge.runtime.imports import require
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider",
@@ -53,9 +53,9 @@ class GraphSession:
         self._session = self._load(device, model)
         self._cache = self._pair_cache()
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
-        self._names = {name: folder.decoder.get("inputs", {}).get(name, name)
+        self._names = {name: folder.decoder["inputs"].get(name, name)
                        for name in ("input_ids", "attention_mask", "position_ids")}
-        self._logits = folder.decoder.get("outputs", {}).get("logits", "logits")
+        self._logits = folder.decoder["outputs"].get("logits", "logits")
         self._refuse_unknown()
         self._empty = {name: self._empty_cache(name) for name in self._cache}
         self.vocab_size, self._step = self._try()
@@ -80,12 +80,12 @@ class GraphSession:
 
     def _pair_cache(self) -> dict[str, str]:
         """Inputs of past keys and values, and the outputs that follow them."""
-        inputs, outputs = (self._folder.decoder.get(part, {}) for part in ("inputs", "outputs"))
+        inputs, outputs = self._folder.decoder["inputs"], self._folder.decoder["outputs"]
         declared, pairs = {entry.name for entry in self._session.get_inputs()}, {}
         for part in ("key", "value"):
             past = inputs.get(f"past_{part}_names", f"past_key_values.%d.{part}")
             present = outputs.get(f"present_{part}_names", f"present.%d.{part}")
-            for layer in range(int(self._folder.decoder.get("num_hidden_layers", 0))):
+            for layer in range(self._folder.decoder["num_hidden_layers"]):
                 if (name := past.replace("%d", str(layer))) in declared:
                     pairs[name] = present.replace("%d", str(layer))
         return pairs
@@ -94,18 +94,20 @@ class GraphSession:
         if unknown := self._inputs.keys() - self._cache.keys() - set(self._names.values()):
             raise InputError(f"{self._folder.graph}: its input {min(unknown)} is unknown here; only decoders with a "
                              "cache of keys and values are run")
+        outputs = {entry.name for entry in self._session.get_outputs()}
+        if missing := {self._logits, *self._cache.values()} - outputs:
+            raise InputError(f"{self._folder.graph} has no output {min(missing)}, which {GENAI_CONFIG} names")
         for name in self._cache:
-            if self._inputs[name].type not in _TYPES:
-                raise InputError(f"{self._folder.graph}: a cache of {self._inputs[name].type} cannot be fed from here; "
-                                 "export it in float16 or float32")
+            if self._inputs[name].type not in _TYPES or len(self._inputs[name].shape) != 4:
+                raise InputError(f"{self._folder.graph}: a cache of {self._inputs[name].type} "
+                                 f"{self._inputs[name].shape} cannot be fed from here; export it in float16 or float32")
 
     def _empty_cache(self, name: str) -> np.ndarray:
         """Past keys or values [1, heads, 0, head_size] of nothing."""
-        about = self._folder.decoder
-        usual = [1, about.get("num_key_value_heads"), 0, about.get("head_size")]
-        shape = [given if isinstance(given, int) else size
-                 for given, size in zip(self._inputs[name].shape, usual, strict=True)]
-        return np.zeros([1, shape[1], 0, shape[3]], _TYPES[self._inputs[name].type])
+        about, (_, heads, _, size) = self._folder.decoder, self._inputs[name].shape
+        heads = heads if isinstance(heads, int) else about["num_key_value_heads"]
+        size = size if isinstance(size, int) else about["head_size"]  # the builder leaves it open
+        return np.zeros((1, heads, 0, size), _TYPES[self._inputs[name].type])
 
     def _try(self) -> tuple[int, Callable[[int, int], int]]:
         """The width of the logits, and what a step's size becomes for a sequence of a length."""

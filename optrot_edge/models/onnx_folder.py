@@ -93,6 +93,13 @@ class OnnxFolder:
             raise InputError(f"{self.path / GENAI_CONFIG} names no graph (model.decoder.filename); {_AGAIN}")
         if not (self.path / name).is_file():
             raise InputError(f"{self.path}: the graph {name} is missing; {_AGAIN}")
+        for key in ("num_hidden_layers", "num_key_value_heads", "head_size"):
+            if not isinstance(decoder.get(key), int) or decoder[key] < 1:
+                raise InputError(f"{self.path / GENAI_CONFIG}: model.decoder.{key} is {decoder.get(key)!r}; {_AGAIN}")
+        for key in ("inputs", "outputs"):
+            names = decoder.setdefault(key, {})
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise InputError(f"{self.path / GENAI_CONFIG}: model.decoder.{key} is no object of names; {_AGAIN}")
         return decoder, name
 
     def _read_graph(self):
@@ -120,8 +127,8 @@ class OnnxFolder:
         for name, size in needed.items():
             file = self.graph.parent / name
             if not file.is_file():
-                raise InputError(f"{self.path}: {file.relative_to(self.path)} is missing, a package moved without its "
-                                 f"external data; keep that file beside {self.graph.name}")
+                raise InputError(f"{file} is missing: a package moved without its external data; keep that file beside "
+                                 f"{self.graph.name}")
             if file.stat().st_size < size:
                 raise InputError(f"{file} is truncated: {file.stat().st_size} bytes of at least {size}; {_AGAIN}")
         return [self.graph.parent / name for name in needed]

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from optrot_edge.errors import InputError
 from optrot_edge.runtime.onnx import OnnxBackend
-from tests.onnx_models import as_exported, edit_genai
+from tests.onnx_models import as_exported, build, edit_genai
 from tests.runtime.byte_llama import TEXT
 from tests.tiny_models import random_tokens, reference_model
 
@@ -137,6 +137,19 @@ def test_graphs_with_position_ids(genai):
         with pytest.warns(UserWarning, match="no speed: .*cannot run it"):
             assert set(backend.speed(16, 2).values()) == {None}
         np.testing.assert_array_equal(backend.logits_batch(TOKENS), got)
+
+
+def test_rope_outside_of_attention(genai, tmp_path, monkeypatch):
+    """Such a graph, R3's for one, takes position ids, also of later steps."""
+    from onnxruntime_genai.models import builder
+
+    monkeypatch.setattr(builder.Model, "is_fused_rope_supported", lambda model: False)
+    source = genai("llama")[0]
+    folder = build(source, tmp_path / "onnx", fuse_qkv="false")
+    assert "position_ids" in (folder / "genai_config.json").read_text()
+    with OnnxBackend(folder, n_batch=7) as backend:
+        np.testing.assert_allclose(backend.logits_batch(TOKENS), transformers_logits(source), atol=2e-5)
+        assert backend.generate(TOKENS[0], 8) == greedy(backend, TOKENS[0], 8)
 
 
 def test_graphs_that_keep_the_last_logits_only(genai):

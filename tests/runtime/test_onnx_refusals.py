@@ -86,7 +86,12 @@ def test_graphs_that_are_no_decoders(package):
     ("model", {"decoder": None}, "names no graph"), ("model", {"decoder": {"pipeline": []}}, "names no graph"),
     ("model.decoder", {"filename": 3}, "names no graph"), ("model.decoder", {"num_hidden_layers": 1}, "unknown here"),
     ("model.decoder", {"head_size": 8}, "onnxruntime cannot run it"),
-    ("model.decoder", {"outputs": {"logits": "lodgings"}}, "onnxruntime cannot run it"),
+    ("model.decoder", {"head_size": None}, "head_size is None"),
+    ("model.decoder", {"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+    ("model.decoder", {"inputs": [1]}, "inputs is no object of names"),
+    ("model.decoder", {"inputs": {"past_key_names": "past.%d"}}, "unknown here"),
+    ("model.decoder", {"outputs": {"present_key_names": "gone.%d"}}, "no output gone.0, which genai_config.json names"),
+    ("model.decoder", {"outputs": {"logits": "lodgings"}}, "no output lodgings"),
 ])
 def test_damaged_genai_configs(package, section, changes, says):
     assert says in refused(edit_genai(package, section, **changes))
