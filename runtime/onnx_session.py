@@ -111,18 +111,18 @@ class GraphSession:
 
     def _try(self) -> tuple[int, Callable[[int, int], int]]:
         """The width of the logits, and what a step's size becomes for a sequence of a length."""
-        ids = np.zeros(4, np.int32)
+        ids, nodes = np.zeros(4, np.int32), self._folder.model.graph.node
+        fused = any(node.op_type == "GroupQueryAttention" for node in nodes)
         try:
             rows, width = next(self._steps(ids, len(ids))).shape
+            if rows > 1 and fused:
+                list(self._steps(ids, 2))
         except Exception as error:  # of onnxruntime's own
             raise InputError(f"{self._folder.graph}: onnxruntime cannot run it: {reason(error)}") from error
         if rows == 1:  # the graph keeps the last position's logits only (the builder's prune_lm_head)
             return width, lambda length, size: 1
-        try:
-            list(self._steps(ids, 2))
-        except Exception:  # the builder's mask without GroupQueryAttention (float16 for a CPU) fits one token or all
-            return width, lambda length, size: length
-        return width, lambda length, size: size
+        # The builder's mask without that operator (float16 for a CPU) fits one token after others, or all at once.
+        return width, lambda length, size: size if fused else length
 
     def steps(self, ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
         """Logits float32 [n, vocab] of `size` tokens after another, where the graph can do that."""

@@ -34,6 +34,17 @@ def test_types_and_sizes(genai):
     assert folder.optrot == {} == folder.config and folder.missing_window is None
 
 
+def test_a_quantised_embedding_of_its_own(genai, copied):
+    """It is reshaped before it is looked up."""
+    def untie(model):
+        head = next(node for node in model.graph.node if node.name.startswith("/lm_head/MatMul"))
+        model.graph.node.remove(head)
+
+    folder = genai("smollm2", "int4")[1]
+    untied = OnnxFolder(edit_graph(copied(folder), untie))
+    assert untied.tensors == OnnxFolder(folder).tensors
+
+
 def test_other_types(genai):
     """8 bits, zero-points, QDQ, float16, float32."""
     untied = 512 * 96 + 2 * (160 * 96 + 96 * 96 + 3 * 160 * 96)

@@ -83,6 +83,7 @@ def test_windows_do_not_see_each_other(genai):
     folder = genai("llama", "int4")[1]
     with OnnxBackend(folder) as whole, OnnxBackend(folder, n_batch=7) as parts:
         expected = whole.logits_batch(TOKENS)
+        assert [len(part) for part in parts._graph().steps(TOKENS[0], 7)] == [7] * 5 + [5]
         np.testing.assert_allclose(parts.logits_batch(TOKENS), expected, atol=1e-5)
         np.testing.assert_array_equal(whole.logits(TOKENS[1]), expected[1])
 
