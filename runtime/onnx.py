@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from optrot_edge.errors import InputError
-from optrot_edge.models.onnx_folder import GENAI_CONFIG, OnnxFolder
+from optrot_edge.models.onnx_folder import OnnxFolder
 from optrot_edge.runtime.onnx_generation import Generation
 from optrot_edge.runtime.onnx_session import GraphSession, import_onnxruntime
 from optrot_edge.runtime.text import HfTokenizer, check_ids
@@ -44,7 +44,7 @@ class OnnxBackend:
         self._session = GraphSession(folder, device, self._edited)
         self.vocab_size = self._session.vocab_size
         if (window := folder.missing_window) and window < min(self.n_ctx, self.context_length):
-            warnings.warn(f"{self.path.name}: the graph's attention has no window, though {GENAI_CONFIG} states one of "
+            warnings.warn(f"{self.path.name}: the graph's attention has no window, though the package states one of "
                           f"{window} tokens: beyond those its logits are not the model's; use a --window of at most "
                           f"{window}", stacklevel=2)
 

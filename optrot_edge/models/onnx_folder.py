@@ -146,12 +146,15 @@ class OnnxFolder:
 
     @property
     def missing_window(self) -> int | None:
-        """The sliding window of genai_config.json where the graph's attention has none, else None.
+        """The sliding window of genai_config.json or config.json where the graph's attention has none, else None.
 
-        The builder leaves the window to onnxruntime-genai, which drops keys and values (genai 0.18).
+        The builder gives Mistral's graphs none: it leaves that to onnxruntime-genai, which drops keys and values, or,
+        with windowed_kv_cache=false, to nobody (genai 0.18).
         """
         stated = self.decoder.get("sliding_window")
         window = stated.get("window_size") if isinstance(stated, dict) else None
+        if window is None and self.config.get("use_sliding_window", True):
+            window = self.config.get("sliding_window")
         nodes = [node for node in self.model.graph.node if node.op_type == "GroupQueryAttention"]
         everywhere = nodes and all(_attribute(node, "local_window_size", -1) < 0 for node in nodes)
         return window if isinstance(window, int) and everywhere else None

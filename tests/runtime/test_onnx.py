@@ -1,6 +1,7 @@
 """The ONNX backend on folders that onnxruntime-genai's builder made, against transformers and genai itself."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from optrot_edge.errors import InputError
 from optrot_edge.runtime.onnx import OnnxBackend
-from tests.onnx_models import as_exported, build, edit_genai
+from tests.onnx_models import as_exported, build, edit_genai, edit_graph
 from tests.runtime.byte_llama import TEXT
 from tests.tiny_models import random_tokens, reference_model
 
@@ -158,12 +159,26 @@ def test_graphs_that_keep_the_last_logits_only(genai):
     np.testing.assert_allclose(logits(folder), logits(genai("llama", "int4")[1]), atol=1e-5)
 
 
-def test_a_window_that_the_graph_lacks_is_told(genai):
+@pytest.mark.parametrize("windowed", ["true", "false"])
+def test_a_window_that_the_graph_lacks_is_told(genai, copied, windowed):
     """The builder's Mistral with a sliding window: right within it, wrong beyond."""
-    source, folder = genai("mistral_window")
-    with pytest.warns(UserWarning, match="has no window, though genai_config.json states one of 8"):
+    source, folder = genai("mistral_window", windowed_kv_cache=windowed)
+    folder = copied(folder)
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    with pytest.warns(UserWarning, match="has no window, though the package states one of 8"):
         error = np.abs(logits(folder) - transformers_logits(source)).max((0, 2))
     assert error[:8].max() < 2e-5 and error[8:].min() > 0.1
+
+    def narrow(model):
+        for node in model.graph.node:
+            for entry in node.attribute:
+                if entry.name == "local_window_size":
+                    entry.i = 8
+
+    edit_graph(folder, narrow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(logits(folder, n_batch=7), transformers_logits(source), atol=2e-5)
 
 
 def test_generation_is_greedy_whatever_the_package_asks_for(genai, copied):
