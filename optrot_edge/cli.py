@@ -160,16 +160,19 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
 
 
 @app.command("eval")
-def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX folder or a checkpoint folder.")],
+def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or ONNX folder, or a checkpoint.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
              windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
-             backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx or torch (default: by kind).")] = None,
-             device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+             backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx, onnxruntime or torch (default: by "
+                                                              "kind).")] = None,
+             device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
              kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
+             accuracy_level: Annotated[int | None, typer.Option(help="ONNX: 0 (float32 on a CPU) or 4 (int8 "
+                                                                     "activations), instead of the stored.")] = None,
              trust_remote_code: opt.TrustRemoteCode = False,
              quiet: opt.Quiet = False, json: opt.Json = False):
     """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
@@ -181,6 +184,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
                                    device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
+                                   accuracy_level=accuracy_level,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)
@@ -188,10 +192,10 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
 
 
 @app.command()
-def chat(package: Annotated[Path, typer.Argument(help="A .gguf package or an MLX folder.")],
+def chat(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or an ONNX folder.")],
          prompt: Annotated[str, typer.Argument(help="The user's message.")],
          max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-         device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+         device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
          trust_remote_code: opt.TrustRemoteCode = False, quiet: opt.Quiet = False, json: opt.Json = False):
     """One answer of PACKAGE in its real runtime, by its own chat template, always of the most likely tokens."""
     from optrot_edge import pipeline
@@ -225,8 +229,8 @@ def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, 
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF, an MLX folder or a "
-                                                      "rotation file.")],
+def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF, an MLX or ONNX folder "
+                                                      "or a rotation file.")],
             quiet: opt.Quiet = False, json: opt.Json = False):
     """What a file or folder holds: family, types, bits per weight, recipe, per-layer errors."""
     from optrot_edge.inspect import inspect_path
