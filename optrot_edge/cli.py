@@ -214,14 +214,15 @@ def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, 
               window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
               top_k: Annotated[int, typer.Option(help="Log-probabilities kept per position.")] = 64,
               device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-              overwrite: opt.Overwrite = False, quiet: opt.Quiet = False, json: opt.Json = False):
+              trust_remote_code: opt.TrustRemoteCode = False, overwrite: opt.Overwrite = False,
+              quiet: opt.Quiet = False, json: opt.Json = False):
     """Score a text with MODEL once, so that devices without torch or MODEL can check a package."""
     from optrot_edge import pipeline
 
     pipeline.prepare_output(out, overwrite)
     with _reporter(quiet, json) as reporter:
         made = pipeline.write_reference(model, out, text=text, windows=windows, window=window, top_k=top_k,
-                                        device=device,
+                                        device=device, trust_remote_code=trust_remote_code,
                                         progress=lambda done, total, what: reporter.update(what, done, total, ""))
     summary = {"path": str(out), "windows": made.tokens.shape[0], "window": made.tokens.shape[1],
                "bytes": out.stat().st_size}

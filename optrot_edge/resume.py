@@ -101,7 +101,7 @@ class WorkFolder:
     def save_tokenizer(self, source) -> None:
         """Commit what a checkpoint keeps of an open model's tokenizer."""
         for path in source.save_tokenizer(self.work / "tokenizer"):
-            self.journal.keep(f"tokenizer/{path.name}")
+            self.journal.keep(path.relative_to(self.work).as_posix())
 
     def write_manifest(self, manifest: dict) -> None:
         """Write `optrot.json`, so that the folder can be read as a checkpoint."""

@@ -88,14 +88,14 @@ def write_report(path: str | Path, report: dict) -> None:
 
 def write_reference_file(model: str | Path, out: str | Path, *, text: str, windows: int | None = None,
                          window: int | None = None, top_k: int = 64, backend: str | None = None,
-                         device: str = "cpu", progress=None) -> Reference:
+                         device: str = "cpu", trust_remote_code: bool = False, progress=None) -> Reference:
     """Score `text` with `model` and write a reference file. Arguments as in `evaluate_package`."""
     model = backends.local_path(model)
     tokens = tokenize_for(model, None, text, window, windows)
     tokenizer = open_tokenizer(model)
     probe = {"text": PROBE, "ids": tokenizer.tokenize(PROBE)}
     tokenizer.close()
-    with backends.open_reference(model, backend, device) as original:
+    with backends.open_reference(model, backend, device, trust_remote_code=trust_remote_code) as original:
         _fits(original, tokens)
         return write_reference(out, original, tokens, top_k=top_k, text_sha256=text_sha256(text), probe=probe,
                                progress=progress)
