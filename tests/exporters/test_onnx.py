@@ -321,3 +321,12 @@ def test_the_plan_is_what_is_written(model, tmp_path):
     summary = pipeline.export(tmp_path / "c", tmp_path / "package")
     assert planned["bytes"] == again["bytes"] == round(summary["bits_per_weight"] * summary["weights"] / 8)
     assert not planned["unties_head"]
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
+    for name in ("one", "two"):
+        pipeline.export(checkpoint, tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) > 6
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
