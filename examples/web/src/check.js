@@ -4,7 +4,7 @@ import { $, say, setBar, show } from "./dom.js";
 import { explain, Problem } from "./messages.js";
 import { verdict } from "./metrics.js";
 
-export function startCheck(session, settings, onBusy) {
+export function startCheck(session, settings, device, onBusy) {
   $("limit").textContent = settings.kl_limit;
   $("check").addEventListener("click", async () => {
     say("check-problem", "");
@@ -18,7 +18,7 @@ export function startCheck(session, settings, onBusy) {
         $("check-phase").textContent = `Scoring part ${done + 1} of ${total}`;
         setBar("check-bar", done / total);
       });
-      if (result) report(result, settings.kl_limit);
+      if (result) report(result, settings.kl_limit, device);
     } catch (error) {
       say("check-problem", explain(error));
     }
@@ -35,6 +35,16 @@ export function startCheck(session, settings, onBusy) {
   }
 }
 
+/** A GPU's driver may be to blame; the CPU tells. */
+function onCpu() {
+  const link = document.createElement("a");
+  const url = new URL(location.href);
+  url.searchParams.set("device", "wasm");
+  link.href = url.href;
+  link.textContent = "Try the same on the CPU.";
+  return link;
+}
+
 async function fetchReference(path) {
   const url = new URL(path, location.href);
   const answer = await fetch(url, { cache: "no-store" }).catch(() => null);
@@ -44,12 +54,13 @@ async function fetchReference(path) {
   return new Uint8Array(await answer.arrayBuffer());
 }
 
-function report(result, limit) {
+function report(result, limit, device) {
   const { pass, reason } = verdict(result, limit);
   const word = document.createElement("strong");
   word.textContent = pass ? "✓ Pass" : "✗ Fail";
   $("verdict").className = pass ? "pass" : "fail";
   $("verdict").replaceChildren(word, reason);
+  if (!pass && device === "webgpu") $("verdict").append(" ", onCpu());
   const number = (value, digits) => (value === null || Number.isNaN(value) ? "–" : value.toFixed(digits));
   const withError = (value, error, digits) => `${number(value, digits)} ± ${number(error, digits)}`;
   const rows = [

@@ -1,9 +1,10 @@
 // Where the model will run, and whether the page works offline.
 
-/** {device: "webgpu" | "wasm", hasF16, threads, label}; `wanted` forces one of the two. */
+/** {device: "webgpu" | "wasm", hasF16, threads, label}; `wanted` asks for one of the two. */
 export async function pickDevice(wanted) {
   const adapter = wanted === "wasm" ? null : await requestAdapter();
-  if (adapter) {
+  // A GPU computed in software is many times slower than WebAssembly.
+  if (adapter && (wanted === "webgpu" || !isSoftware(adapter))) {
     const name = [adapter.info?.vendor, adapter.info?.architecture].filter(Boolean).join(" ");
     return { device: "webgpu", hasF16: adapter.features.has("shader-f16"), threads: 1,
              label: `WebGPU${name ? ` (${name})` : ""}` };
@@ -12,6 +13,11 @@ export async function pickDevice(wanted) {
   const threads = globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   return { device: "wasm", hasF16: false, threads,
            label: `CPU (WebAssembly, ${threads} ${threads === 1 ? "thread" : "threads"})` };
+}
+
+function isSoftware({ info }) {
+  return Boolean(info?.isFallbackAdapter) || /swiftshader|llvmpipe|lavapipe|basic render/i.test(
+    `${info?.architecture} ${info?.device} ${info?.description}`);
 }
 
 async function requestAdapter() {

@@ -70,7 +70,7 @@ async function load(found, place, settings, offline) {
     $("status").textContent = `${place.label} · ${offline && fits ? "works offline" : "needs the network"}`;
     const onBusy = (now) => ["send", "check", "clear"].forEach((id) => { $(id).disabled = now; });
     startChat(session, { maxNewTokens: settings.max_new_tokens }, onBusy);
-    startCheck(session, settings, onBusy);
+    startCheck(session, settings, place.device, onBusy);
     describe(found, "loaded");
     say("warning", "");
     show("talk", true);

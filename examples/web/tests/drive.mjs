@@ -1,19 +1,20 @@
 // Drives the page in Chromium: node drive.mjs '{"profile": DIR, "steps": [...]}' prints one JSON value per step.
 // Steps: {goto: url}, {load: true}, {chat: text}, {stop: text}, {check: true}, {shot: path, size, scheme},
-// {offline: true}, {text: selector}, {press: [keys]}, {evaluate: source}.
+// {press: [keys]}. `gpu`: with WebGPU, computed in software.
 
 import { chromium } from "playwright-core";
 
-const { profile, chrome, steps } = JSON.parse(process.argv[2]);
+const { profile, chrome, gpu, steps } = JSON.parse(process.argv[2]);
+const SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--ignore-gpu-blocklist"];
 const results = [];
 const console_ = [];
 const context = await chromium.launchPersistentContext(profile, {
   executablePath: chrome, headless: true, viewport: { width: 1280, height: 800 },
-  args: ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"],
+  args: ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         ...(gpu ? SOFTWARE_GPU : ["--disable-gpu"])],
 });
 const page = context.pages()[0] ?? (await context.newPage());
-page.setDefaultTimeout(60_000);
+page.setDefaultTimeout(180_000);
 const foreign = [];
 context.on("request", (request) => {
   if (!/^(http:\/\/(localhost|127\.0\.0\.1):|blob:|data:)/.test(request.url())) foreign.push(request.url());
@@ -87,9 +88,6 @@ const actions = {
     }
     return seen;
   },
-  offline: (value) => context.setOffline(value),
-  text: (selector) => page.textContent(selector),
-  evaluate: (source) => page.evaluate(source),
 };
 
 let failure = null;
