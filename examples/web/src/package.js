@@ -66,6 +66,10 @@ export async function describePackage(base, { device, hasF16, look, readConfig }
     const bytes = files.reduce((sum, file) => sum + file.bytes, 0);
     return { base, config, dtype, files, bytes, stored: files.every((file) => file.stored) };
   }
+  if (device === "webgpu" && !hasF16 && (await look("onnx/model_q4f16.onnx"))) {
+    throw new Problem("This package has half-precision weights only, which this GPU cannot compute with. "
+                      + "Add ?device=wasm to the address to run it on the CPU.");
+  }
   throw new Problem("There is no onnx/model_q4.onnx in this folder, nor another weight file this page knows. "
                     + "Export with --format onnx.");
 }

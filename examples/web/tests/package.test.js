@@ -33,6 +33,9 @@ test("half precision only where the GPU has it", async () => {
   assert.equal((await describe(files, CONFIG, { device: "webgpu", hasF16: true })).dtype, "q4f16");
   assert.equal((await describe(files, CONFIG, { device: "webgpu", hasF16: false })).dtype, "q4");
   assert.equal((await describe(files)).dtype, "q4");
+  const half = { ...without("onnx/model_q4.onnx"), "onnx/model_q4f16.onnx": 5 };
+  assert.equal((await describe(half)).dtype, "q4f16");
+  await assert.rejects(describe(half, CONFIG, { device: "webgpu", hasF16: false }), /device=wasm/);
   const eight = { ...without("onnx/model_q4.onnx"), "onnx/model_quantized.onnx": 5 };
   assert.equal((await describe(eight)).dtype, "q8");
 });
