@@ -21,14 +21,24 @@ from tests.tiny_models import save_tiny
 
 WEB = Path(__file__).parents[2] / "examples" / "web"
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NEEDED = {"node": shutil.which("node"), "npm": shutil.which("npm"), "chromium": CHROME}
+
+
+def node_version() -> tuple[int, ...]:
+    """Of the node on PATH, (0,) without one."""
+    if shutil.which("node") is None:
+        return (0,)
+    said = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout
+    return tuple(int(part) for part in said.strip().removeprefix("v").split(".")[:2])
+
+
+NEEDED = {"node 20.19 or newer": node_version() >= (20, 19), "npm": shutil.which("npm"), "chromium": CHROME}
 SETTINGS = {"kl_limit": 0.1, "windows": 3, "max_new_tokens": 20}
 PHONE, DESKTOP = [390, 844], [1280, 800]
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not all(NEEDED.values()), reason="needs " + " and ".join(
-        name for name, path in NEEDED.items() if not path) + ": apt-get install nodejs npm chromium"),
+        name for name, there in NEEDED.items() if not there) + ": apt-get install nodejs npm chromium"),
 ]
 
 
