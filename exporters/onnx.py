@@ -52,9 +52,18 @@ def _write(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Pr
 
     (folder / "config.json").write_text(json.dumps(plan.config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     write_hf_tokenizer(checkpoint.path / "tokenizer", folder, plan.model)
+    _embed_template(folder)
     write_graph(plan, checkpoint.get, folder, progress)
     card = onnx_card(plan.config, checkpoint.manifest, plan.bits_per_weight)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _embed_template(folder: Path) -> None:
+    """Put chat_template.jinja into tokenizer_config.json too, where alone transformers.js looks for it."""
+    template, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if template.is_file() and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template.read_text(encoding="utf-8")}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _verify(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Progress) -> None:
@@ -79,7 +88,7 @@ def _verify(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: P
                 raise RuntimeError(f"{path}: {name} read back differently")
         if tensor.spec is not None and not all(
                 about["bits"] == tensor.spec.bits and about["block_size"] == tensor.spec.group_size
-                for about in nodes[names["scales"]]):
+                for about in nodes.get(names["scales"], ())):
             raise RuntimeError(f"{path}: {tensor.stem} is computed with other bits or blocks")
         done += tensor.nbytes(plan.dtype)
         report(done, 2 * plan.nbytes, f"verified {tensor.stem}")

@@ -22,6 +22,7 @@ from onnxruntime_genai.models.builders import LlamaModel, MistralModel, Qwen3Mod
 from onnxruntime_genai.models.builders.base import Model
 
 from optrot_edge.exporters.onnx_blocks import pack
+from optrot_edge.exporters.onnx_lookup import RowLookup
 from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor
 from optrot_edge.models.family import HEAD_MIX
 
@@ -105,7 +106,7 @@ class _Weights:
         yield self.lm_head
 
 
-class _FrozenCodes:
+class _FrozenCodes(RowLookup):
     """What goes before the builder's class of a family."""
 
     def __init__(self, plan: Plan, load, folder: Path, progress: Progress):
@@ -141,12 +142,12 @@ class _FrozenCodes:
 
     # matrices
 
-    def _parts(self, linear: _Linear, names: tuple[str, ...]) -> list[str]:
-        """Names of the packed inputs of MatMulNBits, which are written once per source."""
-        tensor, entries = linear.tensor, linear.tensor.entries(self.plan.dtype)
-        for part in entries:
+    def _parts(self, linear: _Linear) -> dict[str, str]:
+        """Names of a packed matrix's tensors by part, in MatMulNBits' order; they are written once per source."""
+        tensor = linear.tensor
+        for part in (entries := tensor.entries(self.plan.dtype)):
             self._store(f"{tensor.stem}.{part}", tensor, part)
-        return [f"{tensor.stem}.{part}" for part in names if part in entries]
+        return {part: f"{tensor.stem}.{part}" for part in entries}
 
     def _store(self, name: str, tensor: PlannedTensor, part: str) -> None:
         if name in self.stored:
@@ -168,7 +169,7 @@ class _FrozenCodes:
             inputs, attributes = [root_input, f"{matmul.tensor.stem}.weight_t"], {}
         else:
             name, last, spec = f"{basename}NBits", matmul.out_features, matmul.spec
-            inputs = [root_input, *self._parts(matmul, ("qweight", "scales", "qzeros"))]
+            inputs = [root_input, *self._parts(matmul).values()]
             attributes = {"domain": "com.microsoft", "accuracy_level": self.plan.accuracy_level, "bits": spec.bits,
                           "block_size": spec.group_size, "K": matmul.in_features, "N": matmul.out_features}
         output = "logits" if kwargs.get("logits") else f"{name}/output_0"
@@ -194,17 +195,19 @@ class _FrozenCodes:
                 data = self._transposed(embedding, f"{basename}/Transpose")
             else:
                 self._store(data, embedding.tensor, "weight")
-            name, inputs, attributes = f"{basename}/Gather", [data, ids], {}
-        else:
-            data, *rest = self._parts(embedding, ("qweight", "scales", "qzeros"))
-            flat = [embedding.out_features, embedding.in_features * spec.bits // 8]
-            self.make_reshape(f"{basename}/Reshape", [data, f"/model/constants/INT64/{flat}"],
-                              dtype=ir.DataType.UINT8, shape=flat)
-            name, inputs = f"{basename}/GatherBlockQuantized", [f"{basename}/Reshape/output_0", ids, *rest]
-            attributes = {"domain": "com.microsoft", "bits": spec.bits, "block_size": spec.group_size,
-                          "gather_axis": 0, "quantize_axis": 1}
-        self.make_node("GatherBlockQuantized" if spec else "Gather", inputs=inputs, outputs=[f"{name}/output_0"],
-                       name=name, **attributes)
+            self.make_gather(f"{basename}/Gather", [data, ids], self.io_dtype, self.make_hidden_state_shape(), axis=0)
+            return f"{basename}/Gather/output_0"
+        parts = self._parts(embedding)
+        if self.ep == "cpu":
+            return self.make_row_lookup(basename, ids, spec, embedding.tensor.shape, parts)
+        data, *rest = parts.values()
+        flat = [embedding.out_features, embedding.in_features * spec.bits // 8]
+        self.make_reshape(f"{basename}/Reshape", [data, f"/model/constants/INT64/{flat}"], dtype=ir.DataType.UINT8,
+                          shape=flat)
+        name = f"{basename}/GatherBlockQuantized"
+        self.make_node("GatherBlockQuantized", inputs=[f"{basename}/Reshape/output_0", ids, *rest],
+                       outputs=[f"{name}/output_0"], name=name, domain="com.microsoft", bits=spec.bits,
+                       block_size=spec.group_size, gather_axis=0, quantize_axis=1)
         return f"{name}/output_0"
 
     def _transposed(self, linear: _Linear, name: str) -> str:

@@ -160,6 +160,9 @@ def plan_onnx(checkpoint: QuantizedCheckpoint, *, execution_provider: str = "cpu
     name, js_dtype = _TRANSFORMERS_JS.get((bits, dtype), ("model_quantized", "q8"))
     about = provenance(checkpoint.manifest, config, "onnx")
     about |= {"accuracy_level": accuracy_level, "execution_provider": execution_provider}
+    embedding = tensors["embed_tokens.weight"].spec
+    if embedding is not None:  # its rows may be decoded by operators that do not tell
+        about["embedding"] = {"bits": embedding.bits, "group_size": embedding.group_size}
     about_js = {"dtype": js_dtype, "use_external_data_format": {f"{name}.onnx": 1},
                 "kv_cache_dtype": {js_dtype: dtype}}
     shape = hf_config(family, config) | {"torch_dtype": dtype, "transformers.js_config": about_js, "optrot": about}

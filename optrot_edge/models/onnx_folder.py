@@ -200,6 +200,9 @@ class OnnxFolder:
                 name, tensor, parts = entry
                 found.setdefault(name, tensor)
                 counted |= parts
+        for name, tensor, parts in self._looked_up(stored):
+            found.setdefault(name, tensor)
+            counted |= parts
         for name, tensor in stored.items():
             kind, bits = _dtype(tensor)
             if name in counted or kind in _COUNTERS:
@@ -208,6 +211,16 @@ class OnnxFolder:
             found[name] = OnnxTensor("tables" if table else {"FLOAT": "float32"}.get(kind, kind.lower()),
                                      0 if table else prod(tensor.dims), bits)
         return found
+
+    def _looked_up(self, stored: dict) -> list[tuple[str, OnnxTensor, set[str]]]:
+        """The same of an embedding whose rows stock operators decode: the graph does not tell its grid, we do."""
+        about, name = self.optrot.get("embedding"), "model.embed_tokens.qweight"
+        if not isinstance(about, dict) or name not in stored:
+            return []
+        parts = {part for part in (name, name.replace("qweight", "scales"), name.replace("qweight", "qzeros"))
+                 if part in stored}
+        weights, bits = _dtype(stored[name])[1] // about["bits"], sum(_dtype(stored[part])[1] for part in parts)
+        return [(name, OnnxTensor(f"{about['bits']}-bit g{about['group_size']}", weights, bits), parts)]
 
     def _quantised(self, node, stored: dict) -> tuple[str, OnnxTensor, set[str]] | None:
         """Name and numbers of the matrix that `node` takes, and the names of its parts; None where it is not stored."""

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optrot_edge import pipeline
 from optrot_edge.runtime.metrics import Scores
+from optrot_edge.runtime.onnx import OnnxBackend
 from optrot_edge.runtime.reference import save_reference
 from optrot_edge.runtime.text import PROBE
-from tests.examples.web_package import OnnxLogits, make_package, make_tiny_reference, scale_weights
+from tests.examples.web_package import make_tiny_reference, scale_weights
 from tests.road import write_text
 from tests.tiny_models import save_tiny
 
@@ -61,10 +63,11 @@ def run(*command):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Folder with the package `model`, `damaged`, and reference files."""
-    pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
     root = tmp_path_factory.mktemp("packages")
     source = save_tiny(root / "source", "smollm2", tokenizer="smollm")
-    package = make_package(source, root / "model")
+    package = root / "model"
+    pipeline.export(source, package, format="onnx", rotation="hadamard", rotate="r1,r2,r4", r4_block=32,
+                    quantizer="rtn", calibration="none")
     damaged = Path(shutil.copytree(package, root / "damaged"))
     scale_weights(damaged, "layers.0.mlp.down_proj", 3.0)
     text = write_text(root / "text.txt").read_text()
@@ -155,9 +158,9 @@ def test_page_loads_chats_checks_and_works_offline(site, made, tmp_path):
     assert all(Path(path).stat().st_size > 10_000 for path in taken)
 
     expected = Scores()
-    for window, logits in zip([0, 1, 3], OnnxLogits(root / "model").iter_logits(reference.tokens[[0, 1, 3]]),
-                              strict=True):
-        expected.add_truncated(reference, window, logits)
+    with OnnxBackend(root / "model") as backend:
+        for window, logits in zip([0, 1, 3], backend.iter_logits(reference.tokens[[0, 1, 3]]), strict=True):
+            expected.add_truncated(reference, window, logits)
     expected = expected.summary()
     assert checked["kind"] == "pass" and "Pass" in checked["verdict"]
     for name in ("kl_estimate", "kl_mean", "ppl", "ppl_reference", "top1", "tokens"):

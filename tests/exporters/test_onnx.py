@@ -16,6 +16,7 @@ from optrot_edge import pipeline
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.onnx import check_graph, export_onnx
+from optrot_edge.models.onnx_folder import OnnxFolder
 from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.cli_runner import left, refused, run_ok
 from tests.road import write_text
@@ -118,6 +119,20 @@ def test_every_grid(bits, symmetric, group_size, model, tmp_path):
     offsets = 0 if symmetric else bits
     vectors = 5 * 96 * 32 / summary["weights"]
     assert summary["bits_per_weight"] == pytest.approx(bits + (32 + offsets) / group_size + vectors, abs=0.1)
+
+
+@pytest.mark.parametrize("case", ["smollm2", "llama"])
+def test_embeddings_for_every_build(case, model, tmp_path):
+    """CPUs, and so WebAssembly, need no operator for them that some builds lack; `inspect` knows their size anyway."""
+    checkpoint = pipeline.quantize(model(case), tmp_path / "c", dtype="float32", **RTN)
+    for provider in ("cpu", "webgpu"):
+        summary = pipeline.export(checkpoint, tmp_path / provider, execution_provider=provider)
+        nodes = onnx.load(graph_of(tmp_path / provider), load_external_data=False).graph.node
+        assert any(node.op_type == "GatherBlockQuantized" for node in nodes) == (provider == "webgpu")
+        stored = OnnxFolder(tmp_path / provider).tensors.values()
+        assert sum(tensor.weights for tensor in stored) == summary["weights"]
+        bits = sum(tensor.bits for tensor in stored if tensor.kind != "tables")
+        assert bits == round(summary["weights"] * summary["bits_per_weight"])
 
 
 @pytest.mark.parametrize("head", ["f32", "8bit-g16-sym"])

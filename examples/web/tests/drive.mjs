@@ -27,6 +27,23 @@ const shown = (ids) => page.waitForFunction((list) => list.some((id) => {
   return element && !element.hidden && element.textContent.trim();
 }), ids);
 
+/** Send a message; resolves once the answer is whole. `click`: press "Stop" as soon as it is there. */
+async function ask(text, click) {
+  await page.evaluate((click) => {
+    const stop = document.getElementById("stop");
+    window.answering = false; // seen by an observer: a short answer is over before the driver would look
+    new MutationObserver((_, observer) => {
+      if (stop.hidden) return;
+      observer.disconnect();
+      window.answering = true;
+      if (click) stop.click();
+    }).observe(stop, { attributes: true });
+  }, click);
+  await page.fill("#message", text);
+  await page.press("#message", "Enter");
+  await page.waitForFunction(() => window.answering && document.getElementById("stop").hidden);
+}
+
 const actions = {
   async goto(url) {
     await page.goto(url);
@@ -45,10 +62,7 @@ const actions = {
              problem: await page.textContent("#problem") };
   },
   async chat(text) {
-    await page.fill("#message", text);
-    await page.press("#message", "Enter");
-    await page.waitForSelector("#stop:visible");
-    await page.waitForSelector("#send:visible");
+    await ask(text, false);
     return page.evaluate(() => {
       const answer = [...document.querySelectorAll("#log article.assistant")].at(-1);
       return { text: answer?.textContent, ids: answer?.dataset.ids?.split(" ").map(Number),
@@ -57,10 +71,7 @@ const actions = {
     });
   },
   async stop(text) {
-    await page.fill("#message", text);
-    await page.press("#message", "Enter");
-    await page.click("#stop");
-    await page.waitForSelector("#send:visible");
+    await ask(text, true);
     return page.evaluate(() => [...document.querySelectorAll("#log article.assistant")].at(-1).dataset.ids.split(" ").length);
   },
   async check() {
