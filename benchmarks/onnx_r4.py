@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_r4.py
 
-Reshape, MatMul (one or two), Reshape, as `exporters/onnx_graph.py` draws it, in onnxruntime on the CPU, float32;
+Reshape, MatMul (one or two), Reshape, as `exporters/onnx_rotations.py` draws it, in onnxruntime on the CPU, float32;
 medians over runs that take turns, in milliseconds, for a token and for a prompt of 256.
 """
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rotations import save
 
-from optrot_edge.exporters.onnx_graph import sylvester
+from optrot_edge.exporters.onnx_rotations import sylvester
 
 WIDTHS, BLOCKS, ROWS, TURNS = (1536, 8960), (64, 128, 256), (1, 256), 101
 
