@@ -24,7 +24,7 @@ from optrot_edge.gridspec import GridSpec
 from optrot_edge.journal import move_folder
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import HEAD_MIX, Family
-from optrot_edge.models.mlx_folder import FORMAT_VERSION
+from optrot_edge.models.optrot_entry import FORMAT_VERSION
 
 Progress = Callable[[int, int, str], None]
 INDEX = "model.safetensors.index.json"

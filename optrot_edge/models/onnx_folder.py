@@ -15,8 +15,8 @@ from pathlib import Path
 
 from optrot_edge.errors import InputError
 from optrot_edge.models.hf_config import read_json
+from optrot_edge.models.optrot_entry import read_entry
 
-FORMAT_VERSION = 1  # of what optrot-edge adds to config.json
 GENAI_CONFIG = "genai_config.json"
 _AGAIN = "export or download the package again"
 _TABLES = re.compile(r"(cos|sin)_cache|hadamard_\d+")  # the builder's names, and the exporter's: no weights
@@ -66,24 +66,11 @@ class OnnxFolder:
         self.genai = read_json(self.path / GENAI_CONFIG)
         config = self.path / "config.json"  # onnxruntime-genai's builder writes none
         self.config = read_json(config) if config.is_file() else {}
-        self.optrot = self._read_optrot()
+        self.optrot = read_entry(self.path, self.config)
         self.decoder, self.filename = self._find_graph()
         self.graph = self.path / self.filename
         self.model = self._read_graph()
         self.data = self._find_data()
-
-    def _read_optrot(self) -> dict:
-        """What optrot-edge wrote into config.json; empty for other packages."""
-        ours = self.config.get("optrot", {})
-        if not isinstance(ours, dict):
-            raise InputError(f"{self.path}/config.json: `optrot` is not an object; export the package again")
-        version = ours.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version < 1:
-            raise InputError(f"{self.path}/config.json: format_version {version!r}; export the package again")
-        if version > FORMAT_VERSION:
-            raise InputError(f"{self.path} was written by a newer optrot-edge (format {version}; this one reads up to "
-                             f"{FORMAT_VERSION}); upgrade: pip install --upgrade optrot-edge")
-        return ours
 
     def _find_graph(self) -> tuple[dict, str]:
         model = self.genai.get("model")
