@@ -23,27 +23,23 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
+import logging
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from package_bench import PackageBench, measure_missing
 from rich.console import Console
 from rich.table import Table
 from rotations import ARMS as ROTATIONS
-from rotations import arguments, save
-from scoring import Reference, bootstrap_ratio, standard_error
-from testbed import build_testbed, sha256
-from texts import calibration_text, evaluation_windows, load_text
+from rotations import arguments
+from scoring import bootstrap_ratio, standard_error
 
 from optrot_edge import pipeline
 from optrot_edge.errors import InputError
-from optrot_edge.rotating import versions
-from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from optrot_edge.runtime.onnx import OnnxBackend
 
 METHODS = ("default", "rtn", "k_quant")
@@ -54,32 +50,8 @@ ARMS = [*BUILDERS, "builder-k_quant-shared", "ours+none", "ours+none-4bit", "our
 SPEED_TURNS = 5
 
 
-class Bench:
-    """Models, texts and scores of one run."""
-
-    def __init__(self, options: argparse.Namespace):
-        torch.set_num_threads(options.threads)
-        self.options, self.work = options, options.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.model, text = build_testbed(self.work / "testbed"), load_text(options.text)
-        with LlamaCppBackend(self.model, vocab_only=True) as backend:
-            windows = evaluation_windows(backend, text.evaluation, options.windows, options.seqlen)
-            words = calibration_text(backend, text.calibration, options.nsamples, options.seqlen)
-        self.folder = tempfile.TemporaryDirectory(prefix="onnx-", dir=self.work)
-        self.calibration = Path(self.folder.name) / "calibration.txt"
-        self.calibration.write_text(words, encoding="utf-8")
-        self.reference = Reference(self.model, windows, self.work)
-        self.settings = {"testbed": self.model.name, "testbed_sha256": sha256(self.model), "text": text.source,
-                         "text_sha256": text.sha256, "windows": options.windows, "seqlen": options.seqlen,
-                         "nsamples": options.nsamples, "level4_windows": options.level4_windows}
-
-    def float_folder(self) -> Path:
-        """The model as the float32 folder that the builder starts from."""
-        out = Path(self.folder.name) / "float"
-        if not out.exists():
-            pipeline.export(self.model, out, format="mlx", type="f32", embedding_type="f32", head_type="f32",
-                            dtype="float32", rotation="none", quantizer="rtn", calibration="none")
-        return out
+class Bench(PackageBench):
+    """Packages and scores of one run."""
 
     def make(self, arm: str, block: int, grid: str) -> Path:
         """The arm's package, made once."""
@@ -107,9 +79,12 @@ class Bench:
 
         shared, method = method.endswith("-shared"), method.removesuffix("-shared")
         extra = [f"algo_config={method}", f"block_size={block}", f"is_symmetric={str(grid == 'sym').lower()}",
-                 "accuracy_level=4", *(["shared_embeddings=true", "op_types_to_quantize=MatMul/Gather"] * shared)]
+                 "accuracy_level=4", f"shared_embeddings={str(shared).lower()}",
+                 *(["op_types_to_quantize=MatMul/Gather"] * shared)]
+        logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
         source = str(self.float_folder())
-        with tempfile.TemporaryDirectory(dir=self.work) as cache, contextlib.redirect_stdout(io.StringIO()):
+        with tempfile.TemporaryDirectory(dir=self.work) as cache, contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()):
             arguments = ("", source, str(out), "int4", "cpu", cache)
             create_model(*arguments, **parse_extra_options(*arguments, extra))
 
@@ -156,21 +131,10 @@ def ratios(rows: list[dict]) -> dict:
 
 def run(options: argparse.Namespace) -> dict:
     """Measure what is missing; InputError if `--out` holds other settings."""
-    bench = Bench(options)
-    names = ("onnxruntime", "onnxruntime-genai")
-    results = json.loads(options.out.read_text()) if options.out.exists() else {
-        "settings": bench.settings, "versions": versions() | {name: metadata.version(name) for name in names},
-        "rows": []}
-    if results["settings"] != bench.settings:
-        raise InputError(f"{options.out} was measured with other settings; choose another --out or remove it")
-    done = {(row["arm"], row["block"], row["grid"]) for row in results["rows"]}
-    for arm, block, grid in itertools.product(options.arms, options.blocks, options.grids):
-        if (arm, block, grid) not in done:
-            results["rows"].append(bench.measure(arm, block, grid))
-            results["ratios"] = ratios(results["rows"])
-            save(options.out, results)
-            print(arm, block, grid, json.dumps(results["ratios"][f"{block} {grid}"][arm]), flush=True)
-    return results
+    bench = Bench(options, level4_windows=options.level4_windows)
+    return measure_missing(bench, ("arm", "block", "grid"),
+                           itertools.product(options.arms, options.blocks, options.grids),
+                           ("onnxruntime", "onnxruntime-genai"), ratios)
 
 
 def print_table(results: dict) -> None:
