@@ -25,60 +25,29 @@ import shutil
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import torch
+from package_bench import PackageBench, measure_missing
 from rich.console import Console
 from rich.table import Table
 from rotations import ARMS as ROTATIONS
-from rotations import arguments, save
-from scoring import Reference, bootstrap_ratio, standard_error, torch_logits
-from testbed import build_testbed, sha256
-from texts import calibration_text, evaluation_windows, load_text
+from rotations import arguments
+from scoring import bootstrap_ratio, standard_error, torch_logits
 
 from optrot_edge import pipeline
 from optrot_edge.errors import InputError
 from optrot_edge.quantize.calibration import sample_windows
-from optrot_edge.rotating import versions
-from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 
 PEERS = ("convert", "gptq")
 OURS = {f"ours+{name}": fields for name, fields in (*ROTATIONS.items(), ("auto", {"rotation": "auto"}))}
 ARMS = [*PEERS, "ours+none", "ours+plus-r2", "ours+hadamard", "ours+optrot", "ours+auto"]
 
 
-class Bench:
-    """Models, texts and scores of one run."""
-
-    def __init__(self, options: argparse.Namespace):
-        torch.set_num_threads(options.threads)
-        self.options, self.work = options, options.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.model, text = build_testbed(self.work / "testbed"), load_text(options.text)
-        with LlamaCppBackend(self.model, vocab_only=True) as backend:
-            windows = evaluation_windows(backend, text.evaluation, options.windows, options.seqlen)
-            words = calibration_text(backend, text.calibration, options.nsamples, options.seqlen)
-            ids = backend.tokenize(words)
-        self.tokens = sample_windows(ids, options.nsamples, options.seqlen, 0, None)
-        self.folder = tempfile.TemporaryDirectory(prefix="mlx-", dir=self.work)
-        self.calibration = Path(self.folder.name) / "calibration.txt"
-        self.calibration.write_text(words, encoding="utf-8")
-        self.reference = Reference(self.model, windows, self.work)
-        self.settings = {"testbed": self.model.name, "testbed_sha256": sha256(self.model), "text": text.source,
-                         "text_sha256": text.sha256, "windows": options.windows, "seqlen": options.seqlen,
-                         "nsamples": options.nsamples, "bits": options.bits, "group_size": options.group_size,
-                         "mlx_windows": options.mlx_windows}
-
-    def float_folder(self) -> Path:
-        """The model as the float32 folder that mlx-lm starts from."""
-        out = Path(self.folder.name) / "float"
-        if not out.exists():
-            pipeline.export(self.model, out, format="mlx", type="f32", embedding_type="f32", head_type="f32",
-                            dtype="float32", rotation="none", quantizer="rtn", calibration="none")
-        return out
+class Bench(PackageBench):
+    """Packages and scores of one run."""
 
     def make(self, arm: str, out: Path) -> None:
         """The arm's package at `out`."""
@@ -102,7 +71,7 @@ class Bench:
         from mlx_lm.utils import load
         from mlx_lm.utils import save as save_package
 
-        bits, group, tokens = self.options.bits, self.options.group_size, mx.array(self.tokens.astype(np.int32))
+        bits, group, tokens = self.options.bits, self.options.group_size, mx.array(self.tokens().astype(np.int32))
         model, tokenizer, config = load(str(self.float_folder()), return_config=True)
         if arm == "gptq":
             model, config["quantization"] = gptq_quantize(model, tokens, bits, group, bits, group)
@@ -114,6 +83,10 @@ class Bench:
             raise InputError(f"unknown arm {arm}; use {', '.join([*PEERS, 'awq', *OURS])}")
         model.set_dtype(mx.float16)
         save_package(out, self.float_folder(), model, tokenizer, config)
+
+    def tokens(self) -> np.ndarray:
+        """The windows that all sides calibrate on."""
+        return sample_windows(self.ids, self.options.nsamples, self.options.seqlen, 0, None)
 
     def measure(self, arm: str) -> dict:
         """One row of the results."""
@@ -175,19 +148,8 @@ def ratios(rows: list[dict]) -> dict:
 
 def run(options: argparse.Namespace) -> dict:
     """Measure what is missing; InputError if `--out` holds other settings."""
-    bench = Bench(options)
-    results = json.loads(options.out.read_text()) if options.out.exists() else {
-        "settings": bench.settings,
-        "versions": versions() | {name: metadata.version(name) for name in ("mlx", "mlx-lm")}, "rows": []}
-    if results["settings"] != bench.settings:
-        raise InputError(f"{options.out} was measured with other settings; choose another --out or remove it")
-    for arm in options.arms:
-        if arm not in {row["arm"] for row in results["rows"]}:
-            results["rows"].append(bench.measure(arm))
-            results["ratios"] = ratios(results["rows"])
-            save(options.out, results)
-            print(arm, json.dumps(results["ratios"][arm]), flush=True)
-    return results
+    bench = Bench(options, bits=options.bits, group_size=options.group_size, mlx_windows=options.mlx_windows)
+    return measure_missing(bench, ("arm",), ((arm,) for arm in options.arms), ("mlx", "mlx-lm"), ratios)
 
 
 def print_table(results: dict) -> None:

@@ -8,80 +8,48 @@ the most frequent grid. Checked against mlx-lm 0.32.2.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import replace
 from math import prod
 
-from optrot_edge.checkpoint import QuantizedCheckpoint
+from optrot_edge.checkpoint import QuantizedCheckpoint, same_bits
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.expected_tensors import expected_tensors
-from optrot_edge.exporters.mlx_blocks import check_grid
+from optrot_edge.exporters.folder_package import ENTRY_DTYPES, FolderPlan, PlannedTensor, planned_tensors, provenance
+from optrot_edge.exporters.hf_config import hf_config
+from optrot_edge.exporters.mlx_blocks import check_grid, pack, unpack
+from optrot_edge.exporters.model_card import model_card
 from optrot_edge.exporters.safetensors_file import Entry
 from optrot_edge.gridspec import GridSpec, grid_spec
 from optrot_edge.models.config import ModelConfig
-from optrot_edge.models.family import HEAD_MIX, Family
-from optrot_edge.models.mlx_folder import FORMAT_VERSION
+from optrot_edge.models.family import Family
 
-SHARD_BYTES = 5 * 10**9  # as mlx-lm cuts them
 MODEL_FILE = "optrot_model.py"  # `exporters/mlx_model_file.py`, in packages that stock mlx-lm cannot run alone
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the checkpoint (`source`) and where it goes: `module` is its Hugging Face name without the suffix
-    `kind`; `spec` its grid, None for a float tensor."""
+class Plan(FolderPlan):
+    """An MLX package: words, scales and biases of a matrix, all floats in the dtype that the model computes in."""
 
-    source: str
-    module: str
-    kind: str
-    shape: tuple[int, ...]
-    spec: GridSpec | None
+    metadata = {"format": "mlx"}
+    too_large = "choose --dtype bfloat16 or float32"
 
-    def entries(self, dtype: str) -> dict[str, Entry]:
-        """The package's tensors by name, for a package of `dtype`."""
-        if self.spec is None:
-            return {f"{self.module}.{self.kind}": Entry(_DTYPES[dtype], self.shape)}
-        rows, columns = self.shape
-        per_group = Entry(_DTYPES[dtype], (rows, columns // self.spec.group_size))
-        return {f"{self.module}.weight": Entry("U32", (rows, columns * self.spec.bits // 32)),
-                f"{self.module}.scales": per_group, f"{self.module}.biases": per_group}
+    def packed_entries(self, shape, spec):
+        """As FolderPlan."""
+        rows, columns = shape
+        per_group = Entry(ENTRY_DTYPES[self.dtype], (rows, columns // spec.group_size))
+        return {"weight": Entry("U32", (rows, columns * spec.bits // 32)), "scales": per_group, "biases": per_group}
 
+    def pack(self, tensor, name):
+        """As FolderPlan."""
+        return pack(tensor)
 
-@dataclass
-class Plan:
-    """Everything but the tensors' data. `shards` are lists of tensors; `notes` are remarks for the user."""
+    def is_same(self, parts, expected):
+        """As FolderPlan."""
+        found = unpack(parts, expected.spec).parts()
+        return all(same_bits(found[name], part) for name, part in expected.parts().items())
 
-    config: dict
-    dtype: str
-    tensors: list[PlannedTensor]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def weights(self) -> int:
-        """Number of the model's weights."""
-        return sum(prod(tensor.shape) for tensor in self.tensors)
-
-    def size_of(self, tensor: PlannedTensor) -> int:
-        """Bytes of a tensor in the package."""
-        return sum(entry.nbytes for entry in tensor.entries(self.dtype).values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(map(self.size_of, self.tensors))
-
-    def shards(self) -> dict[str, list[PlannedTensor]]:
-        """Tensors by file name; a file holds at most SHARD_BYTES, or one tensor."""
-        parts, size = [[]], 0
-        for tensor in self.tensors:
-            if parts[-1] and size + self.size_of(tensor) > SHARD_BYTES:
-                parts.append([])
-                size = 0
-            parts[-1].append(tensor)
-            size += self.size_of(tensor)
-        if len(parts) == 1:
-            return {"model.safetensors": parts[0]}
-        return {f"model-{index:05d}-of-{len(parts):05d}.safetensors": part for index, part in enumerate(parts, 1)}
+    def card(self, manifest):
+        """As FolderPlan."""
+        return model_card(self.config, manifest, self.bits_per_weight)
 
 
 def plan_mlx(checkpoint: QuantizedCheckpoint) -> Plan:
@@ -97,12 +65,7 @@ def plan_mlx(checkpoint: QuantizedCheckpoint) -> Plan:
         if spec is not None:
             check_grid(spec, name)
     dtype = _dtype(checkpoint, specs)
-    tensors = []
-    for name, shape in shapes.items():
-        module, _, kind = (name if name == HEAD_MIX else family.hf_name(name)).rpartition(".")
-        tensors.append(PlannedTensor(name, module, kind, shape, specs[name]))
-    tensors.sort(key=lambda tensor: not tensor.source.startswith("layers."))  # small offsets make a smaller header
-    notes = checkpoint.manifest.get("notes")
+    tensors, notes = planned_tensors(family, shapes, specs), checkpoint.manifest.get("notes")
     plan = Plan({}, dtype, tensors, list(notes) if isinstance(notes, list) else [])
     plan.config = (model_config(family, config, plan.notes) | {"torch_dtype": dtype} | _quantization(tensors)
                    | _about(checkpoint.manifest, config))
@@ -148,39 +111,11 @@ def model_config(family: Family, config: ModelConfig, notes: list[str]) -> dict:
         context = config.sliding_window
         notes.append(f"mlx-lm attends to the whole context; max_position_embeddings is set to the model's sliding "
                      f"window of {context} tokens, within which that is the same")
-    about = {
-        "model_type": family.model_type, "architectures": [family.hf_class], "hidden_act": "silu",
-        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size, "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_scaling(config, context), "max_position_embeddings": context,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        **{flag: bool(config.extra.get(flag)) for flag in family.optional_biases},
-    }
-    ids = {f"{name}_token_id": config.extra.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return about | {name: value for name, value in ids.items() if value is not None}
-
-
-def _rope_scaling(config: ModelConfig, context: int) -> dict | None:
-    """RoPE scaling as mlx-lm reads it; a GGUF's table of factors is its `longrope` with the same factors throughout."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling["rope_type"] != "factors":
-        return scaling
-    return {"rope_type": "longrope", "short_factor": scaling["factors"], "long_factor": scaling["factors"],
-            "original_max_position_embeddings": context}
+    return hf_config(family, replace(config, max_position_embeddings=context, sliding_window=None))
 
 
 def _about(manifest: dict, config: ModelConfig) -> dict:
     """The package's own entries in config.json: what it was made by, what its runtime must do, and with what file."""
-    rotation, recipe = manifest.get("rotation") or {}, manifest.get("recipe") or {}
-    kept = ("rotation", "rotate", "quantizer", "calibration", "nsamples", "seqlen", "seed", "distill")
-    about = {"format_version": FORMAT_VERSION, "format": "mlx",
-            "version": (manifest.get("versions") or {}).get("optrot-edge"),
-            "rotation": rotation.get("rotation"), "applied": rotation.get("applied", []),
-            "scales": rotation.get("scales", []), "r3_block": rotation.get("r3_block"),
-            "r4_block": rotation.get("r4_block"), "head_mix": config.head_mix,
-            "recipe": {name: recipe[name] for name in kept if name in recipe},
-            "calibration_sha256": manifest.get("calibration_sha256"), "warnings": manifest.get("warnings", [])}
+    about = provenance(manifest, config, "mlx")
     online = about["r3_block"] or about["r4_block"] or about["head_mix"]
     return {"optrot": about} | ({"model_file": MODEL_FILE} if online else {})

@@ -13,10 +13,7 @@ import numpy as np
 
 from optrot_edge.checkpoint import QuantizedTensor
 from optrot_edge.errors import InputError
-from optrot_edge.gridspec import GridSpec
-
-ONNX_BITS = (2, 4, 8)
-ONNX_GROUPS = (16, 32, 64, 128, 256)
+from optrot_edge.gridspec import ONNX_BITS, ONNX_GROUPS, GridSpec
 
 
 def check_grid(spec: GridSpec, name: str = "tensor") -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4"}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's dtype in the file ("F32", "F16", "BF16", "U32") and its shape."""
+    """A tensor's dtype in the file ("F32", "F16", "BF16", "U32", "I32") and its shape."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -24,8 +24,8 @@ from optrot_edge.stopping import stoppable, what_is_kept
 from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp or MLX, "
-                       "and measure what was lost.")
+                  help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp, MLX or "
+                       "onnxruntime, and measure what was lost.")
 settings = {"debug": False, "quiet": False, "json": False}
 
 
@@ -55,8 +55,9 @@ def _emit(result: dict, show) -> None:
 def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, a GGUF file, or a checkpoint "
                                                      "made by `quantize`.")],
            out: Annotated[Path, typer.Option(help="The package to write.")], format: opt.Format = None,
-           type: opt.Type = None, bits: opt.Bits = None, group_size: opt.GroupSize = None, dtype: opt.Dtype = None,
-           embedding_type: opt.EmbeddingType = None, head_type: opt.HeadType = None, tensor_type: opt.TensorType = None,
+           type: opt.Type = None, bits: opt.Bits = None, group_size: opt.GroupSize = None,
+           symmetric: opt.Symmetric = None, dtype: opt.Dtype = None, embedding_type: opt.EmbeddingType = None,
+           head_type: opt.HeadType = None, tensor_type: opt.TensorType = None,
            target_bpw: opt.TargetBpw = None, target_size: opt.TargetSize = None, rotation: opt.Rotation = "auto",
            rotate: opt.Rotate = "r1,r2", scales: opt.Scales = True, r4_block: opt.R4Block = 256,
            optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar", optrot_steps: opt.Steps = None,
@@ -67,7 +68,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            asymmetric: opt.Asymmetric = None, refits: opt.Refits = 2, guidance: opt.Guidance = "none",
            distill: opt.Distill = 0, seed: opt.Seed = 0, device: opt.Device = "auto", max_memory: opt.MaxMemory = None,
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
-           vocab_from: opt.VocabFrom = None, dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False,
+           vocab_from: opt.VocabFrom = None, execution_provider: opt.ExecutionProvider = None,
+           accuracy_level: opt.AccuracyLevel = None, dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False,
            restart: opt.Restart = False, quiet: opt.Quiet = False, json: opt.Json = False, ctx: typer.Context = None):
     """Rotate, quantise and package MODEL in one step (or package a checkpoint)."""
     from optrot_edge import pipeline
@@ -76,19 +78,22 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
         fields = _recipe_fields(ctx)
         given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
         fields = (given if pipeline.is_checkpoint(model) else fields) | {"format": format}
+        options = {"vocab_from": vocab_from, "execution_provider": execution_provider,
+                   "accuracy_level": accuracy_level}
         if dry_run:
-            return _emit(pipeline.plan(model, packaged=True, vocab_from=vocab_from, **fields), print_plan)
+            return _emit(pipeline.plan(model, packaged=True, **options, **fields), print_plan)
         with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):
             result = pipeline.export(model, out, overwrite=overwrite, restart=restart,
-                                     checkpoint=checkpoint, vocab_from=vocab_from, progress=reporter.update, **fields)
+                                     checkpoint=checkpoint, progress=reporter.update, **options, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
 
 
 @app.command()
 def quantize(model: opt.Model, out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
              format: opt.Format = None, type: opt.Type = None, bits: opt.Bits = None, group_size: opt.GroupSize = None,
-             dtype: opt.Dtype = None, embedding_type: opt.EmbeddingType = None, head_type: opt.HeadType = None,
-             tensor_type: opt.TensorType = None, target_bpw: opt.TargetBpw = None, target_size: opt.TargetSize = None,
+             symmetric: opt.Symmetric = None, dtype: opt.Dtype = None, embedding_type: opt.EmbeddingType = None,
+             head_type: opt.HeadType = None, tensor_type: opt.TensorType = None,
+             target_bpw: opt.TargetBpw = None, target_size: opt.TargetSize = None,
              rotation: opt.Rotation = "auto", rotate: opt.Rotate = "r1,r2", scales: opt.Scales = True,
              r4_block: opt.R4Block = 256, optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar",
              optrot_steps: opt.Steps = None, optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0,
@@ -155,16 +160,19 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
 
 
 @app.command("eval")
-def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX folder or a checkpoint folder.")],
+def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or ONNX folder, or a checkpoint.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
              windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
-             backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx or torch (default: by kind).")] = None,
-             device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+             backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx, onnxruntime or torch (default: by "
+                                                              "kind).")] = None,
+             device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
              kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
+             accuracy_level: Annotated[int | None, typer.Option(help="ONNX: 0 (float32 on a CPU) or 4 (int8 "
+                                                                     "activations), instead of the stored.")] = None,
              trust_remote_code: opt.TrustRemoteCode = False,
              quiet: opt.Quiet = False, json: opt.Json = False):
     """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
@@ -176,6 +184,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
                                    device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
+                                   accuracy_level=accuracy_level,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)
@@ -183,10 +192,10 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
 
 
 @app.command()
-def chat(package: Annotated[Path, typer.Argument(help="A .gguf package or an MLX folder.")],
+def chat(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or an ONNX folder.")],
          prompt: Annotated[str, typer.Argument(help="The user's message.")],
          max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-         device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+         device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
          trust_remote_code: opt.TrustRemoteCode = False, quiet: opt.Quiet = False, json: opt.Json = False):
     """One answer of PACKAGE in its real runtime, by its own chat template, always of the most likely tokens."""
     from optrot_edge import pipeline
@@ -205,14 +214,15 @@ def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, 
               window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
               top_k: Annotated[int, typer.Option(help="Log-probabilities kept per position.")] = 64,
               device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-              overwrite: opt.Overwrite = False, quiet: opt.Quiet = False, json: opt.Json = False):
+              trust_remote_code: opt.TrustRemoteCode = False, overwrite: opt.Overwrite = False,
+              quiet: opt.Quiet = False, json: opt.Json = False):
     """Score a text with MODEL once, so that devices without torch or MODEL can check a package."""
     from optrot_edge import pipeline
 
     pipeline.prepare_output(out, overwrite)
     with _reporter(quiet, json) as reporter:
         made = pipeline.write_reference(model, out, text=text, windows=windows, window=window, top_k=top_k,
-                                        device=device,
+                                        device=device, trust_remote_code=trust_remote_code,
                                         progress=lambda done, total, what: reporter.update(what, done, total, ""))
     summary = {"path": str(out), "windows": made.tokens.shape[0], "window": made.tokens.shape[1],
                "bytes": out.stat().st_size}
@@ -220,8 +230,8 @@ def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, 
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF, an MLX folder or a "
-                                                      "rotation file.")],
+def inspect(path: Annotated[str, typer.Argument(help="A model, a checkpoint folder, a GGUF, an MLX or ONNX folder "
+                                                      "or a rotation file.")],
             quiet: opt.Quiet = False, json: opt.Json = False):
     """What a file or folder holds: family, types, bits per weight, recipe, per-layer errors."""
     from optrot_edge.inspect import inspect_path

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optrot_edge.formats import DEFAULT_BITS, DEFAULT_GROUP, DTYPES, GGUF_TYPES
-from optrot_edge.gridspec import MLX_BITS, MLX_GROUPS
+from optrot_edge.formats import BITS, DEFAULT_BITS, DEFAULT_GROUP, DTYPES, GGUF_TYPES, GROUPS
 from optrot_edge.recipe import DEFAULT_TYPE
 from optrot_edge.tensor_types import PRESETS
 
@@ -36,23 +35,38 @@ Tolerance = Annotated[float, typer.Option(help="End OptRot when ten steps lower 
 Target = Annotated[float | None, typer.Option(help="End OptRot when its objective falls to this.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Format = Annotated[str | None, typer.Option(help="Package format: gguf (llama.cpp, the default) or mlx (mlx-lm).")]
+Format = Annotated[str | None, typer.Option(help="Format: gguf (llama.cpp, the default), mlx (mlx-lm), onnx "
+                                                 "(onnxruntime, transformers.js) or gptq (GPTQModel, "
+                                                 "transformers, vLLM).")]
 Type = Annotated[str | None, typer.Option(
     help=f"Type of the decoder's matrices: {', '.join(GGUF_TYPES)}; llama.cpp's mixes "
-         f"{', '.join(PRESETS)}; for MLX see --bits; in checkpoints only: int4-g128-sym and the like (default: "
-         f"{DEFAULT_TYPE}).")]
-Bits = Annotated[int | None, typer.Option(help=f"MLX: bits per weight, {', '.join(map(str, MLX_BITS))} (default: "
-                                               f"{DEFAULT_BITS}).")]
-GroupSize = Annotated[int | None, typer.Option(help="MLX: weights that share a scale and a bias, "
-                                                    f"{', '.join(map(str, MLX_GROUPS))} (default: {DEFAULT_GROUP}).")]
-Dtype = Annotated[str | None, typer.Option(help=f"MLX: what scales, biases and norms are stored in, "
-                                                f"{', '.join(DTYPES)} (default: the model's own).")]
+         f"{', '.join(PRESETS)}; for the others see --bits; in checkpoints only: int4-g128-sym and the like "
+         f"(default: {DEFAULT_TYPE}).")]
+
+
+def _each(values: dict, separator: str = ", ") -> str:
+    """What each format has."""
+    return "; ".join(f"{name.upper()} {separator.join(map(str, found)) if isinstance(found, tuple) else found}"
+                     for name, found in values.items())
+
+
+Bits = Annotated[int | None, typer.Option(help=f"Bits per weight: {_each(BITS)} (default: {DEFAULT_BITS}).")]
+GroupSize = Annotated[int | None, typer.Option(help=f"Weights that share a scale and an offset: {_each(GROUPS)} "
+                                                    f"(default: {_each(DEFAULT_GROUP)}).")]
+Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="ONNX and GPTQ: zero-points in "
+                                                "the middle, or free (default: ONNX free, GPTQ in the middle).")]
+Dtype = Annotated[str | None, typer.Option(help=f"What scales and norms are stored in: {_each(DTYPES)} (default: MLX "
+                                                "the model's own, ONNX the execution provider's).")]
+ExecutionProvider = Annotated[str | None, typer.Option(help="ONNX: what the package is for: cpu (float32; wasm too), "
+                                                            "webgpu, cuda or dml (float16) (default: cpu).")]
+AccuracyLevel = Annotated[int | None, typer.Option(help="ONNX: activations in MatMulNBits: 0 float, 4 int8 (default: "
+                                                        "0).")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB or 800MB: activations go to "
                                                     "the disk where they do not fit (default: the machine's).")]
-EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding, for MLX such as 6bit (default: "
-                                                        "--type).")]
+EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding; others than GGUF such as 8bit "
+                                                        "(default: --type).")]
 HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
-                                                   "a mix the mix's, for MLX the rest's).")]
+                                                   "a mix the mix's; ONNX 8 bits, MLX the rest's, GPTQ f16).")]
 TensorType = Annotated[list[str] | None, typer.Option(
     metavar="PATTERN=TYPE", help="Type of the matrices whose name the regular expression finds, such as "
                                  "ffn_down=q6_k or 'blk\\.[0-3]\\.attn_v=q8_0'; repeatable, the first "

@@ -67,6 +67,11 @@ class GridSpec:
         return {"min": "mins", "zero": "zeros"}.get(self.kind)
 
     @property
+    def lowest_zero(self) -> int:
+        """The lowest zero-point: GPTQ's format stores 1 less, and its readers disagree about −1."""
+        return 1 if self.kind == "zero" and self.scale_dtype == "float16" else 0
+
+    @property
     def is_affine(self) -> bool:
         """Whether the levels need not lie around zero."""
         return self.kind in ("min", "zero")
@@ -93,6 +98,8 @@ FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6
 FLOAT_TYPES = ("f32", "f16", "bf16")
 MLX_BITS = (2, 3, 4, 5, 6, 8)
 MLX_GROUPS = (32, 64, 128)
+ONNX_BITS = (2, 4, 8)
+ONNX_GROUPS = (16, 32, 64, 128, 256)
 MLX_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 

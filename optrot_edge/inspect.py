@@ -1,4 +1,4 @@
-"""What a file or folder holds, without loading it. GGUFs, MLX packages and checkpoints need no torch."""
+"""What a file or folder holds, without loading it. GGUFs, MLX and ONNX packages and checkpoints need no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.models.mlx_folder import MlxFolder, is_mlx
+from optrot_edge.models.onnx_folder import OnnxFolder, is_onnx
 
 
 def inspect_path(path: str | Path) -> dict:
-    """A JSON-serialisable description of a checkpoint folder, GGUF, MLX folder, Hugging Face model or rotation file.
+    """A JSON-serialisable description of a checkpoint, GGUF, MLX or ONNX folder, Hugging Face model or rotation file.
 
     Raises InputError when it is none of them, or damaged.
     """
@@ -22,6 +23,8 @@ def inspect_path(path: str | Path) -> dict:
         return _checkpoint(path)
     if path.is_file():
         return _rotation(path) if path.suffix == ".safetensors" else _gguf(path)
+    if path.is_dir() and is_onnx(path):
+        return _onnx(path)
     if (path / "config.json").is_file() and is_mlx(path):
         return _mlx(path)
     return _model(path)
@@ -121,6 +124,22 @@ def _mlx(path: Path) -> dict:
             "layers": text.get("num_hidden_layers"), "hidden_size": text.get("hidden_size"),
             "context_length": text.get("max_position_embeddings"), "tied_head": folder.tied_head, **about,
             "needs_trust_remote_code": config.get("model_file") is not None,
+            "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight, "types": types.table,
+            "warnings": ours.get("warnings", [])}
+
+
+def _onnx(path: Path) -> dict:
+    folder, types = OnnxFolder(path), _Types()
+    for tensor in folder.tensors.values():
+        types.add(tensor.kind, tensor.weights, tensor.bits)
+    decoder, ours = folder.decoder, folder.optrot
+    named = ("applied", "scales", "r3_block", "r4_block", "execution_provider")
+    return {"kind": "ONNX package", "path": str(path), "graph": folder.filename,
+            "model_type": folder.genai["model"].get("type"), "layers": decoder.get("num_hidden_layers"),
+            "hidden_size": decoder.get("hidden_size"), "context_length": folder.context_length,
+            "rotation": ours.get("rotation"), **{name: ours[name] for name in named if name in ours},
+            "opset": folder.opset, "accuracy_level": folder.accuracy_level,
             "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
             "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight, "types": types.table,
             "warnings": ours.get("warnings", [])}

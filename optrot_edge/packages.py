@@ -6,16 +6,47 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, check_replaceable, chosen_by_auto
+from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto
 from optrot_edge.errors import InputError
 from optrot_edge.formats import GGUF_TYPES, source_dtype
 from optrot_edge.inputs import Progress
+from optrot_edge.journal import sha256
 from optrot_edge.recipe import Recipe
 from optrot_edge.rotating import prepare_output
+from optrot_edge.runtime.imports import require
 from optrot_edge.tensor_types import all_shapes, parse_overrides
 
-MLX_ENTRY = 600  # bytes of a matrix's names and places in an MLX package, in the file's header, the index and config
-MLX_CARD = 2**13  # of the rest that is neither tensors nor tokenizer
+ONNX_LAYER = 2**14  # bytes of a layer's nodes, names and vectors in an ONNX graph
+ENTRY = 600  # bytes of a matrix's names and places in safetensors, in the file's header, the index and config
+CARD = 2**13  # of the rest that is neither tensors nor tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PackageOptions:
+    """What shapes a package besides its checkpoint: `vocab_from`, a GGUF whose vocabulary a GGUF takes;
+    `execution_provider` (None: cpu) and `accuracy_level` (None: 0) of an ONNX package."""
+
+    vocab_from: str | Path | None = None
+    execution_provider: str | None = None
+    accuracy_level: int | None = None
+
+    def check(self, format: str) -> None:
+        """InputError for options of another format."""
+        if self.vocab_from is not None and format != "gguf":
+            raise InputError("--vocab-from is for GGUF; other packages take the model's own tokenizer")
+        if format != "onnx":
+            for name in ("execution_provider", "accuracy_level"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"--{name.replace('_', '-')} is for --format onnx")
+
+    @property
+    def onnx(self) -> dict:
+        """What `export_onnx` and `plan_onnx` take."""
+        return {"execution_provider": self.execution_provider or "cpu", "accuracy_level": self.accuracy_level or 0}
+
+    def recorded(self) -> dict:
+        """The same in JSON, files by their content."""
+        return dataclasses.asdict(self) | {"vocab_from": self.vocab_from and sha256(self.vocab_from)}
 
 
 class GgufFormat:
@@ -27,12 +58,12 @@ class GgufFormat:
         prepare_output(out, overwrite)
 
     @staticmethod
-    def recipe(source, fields: dict) -> Recipe:
+    def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
         """The Recipe for an open model."""
         return Recipe(**fields)
 
     @staticmethod
-    def refuse(source, recipe: Recipe, vocab_from: str | Path | None) -> None:
+    def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
         from optrot_edge.exporters.gguf_vocab import vocabulary
 
@@ -49,24 +80,26 @@ class GgufFormat:
         if "r3" in which:
             raise InputError("--rotate r3: llama.cpp rotates a quantised K/V cache itself; leave r3 out for GGUF")
         own = source.path if source.kind == "gguf" else None
-        vocabulary(source.path, source.config.vocab_size, vocab_from=vocab_from or own)
+        vocabulary(source.path, source.config.vocab_size, vocab_from=options.vocab_from or own)
 
     @staticmethod
-    def metadata_bytes(source, vocab_from: str | Path | None) -> int:
+    def metadata_bytes(source, options: PackageOptions) -> int:
         """Bytes of the package of an open model that are not tensors, at most."""
         from optrot_edge.exporters.gguf import metadata_bytes
         from optrot_edge.exporters.gguf_plan import plan_of_model
 
         with tempfile.TemporaryDirectory() as folder:
             source.save_tokenizer(folder)
-            return metadata_bytes(plan_of_model(source.config, Path(folder), vocab_from=vocab_from))
+            return metadata_bytes(plan_of_model(source.config, Path(folder), vocab_from=options.vocab_from))
 
     @staticmethod
-    def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, vocab_from, progress: Progress) -> dict:
+    def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, options: PackageOptions,
+              progress: Progress) -> dict:
         """Package an open checkpoint; returns the exporter's summary."""
         from optrot_edge.exporters.gguf import export_gguf
 
-        return export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=vocab_from, progress=_bar(progress))
+        return export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=options.vocab_from,
+                           progress=_bar(progress))
 
 
 class MlxFormat:
@@ -75,77 +108,161 @@ class MlxFormat:
     @staticmethod
     def prepare(out: Path, overwrite: bool) -> None:
         """InputError when `out` is taken."""
-        from optrot_edge.exporters.mlx import is_package
+        from optrot_edge.exporters.folder_package import check_place
 
-        check_replaceable(out, overwrite, "MLX package", is_package)
+        check_place(out, overwrite, "mlx")
 
     @staticmethod
-    def recipe(source, fields: dict) -> Recipe:
+    def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
         """The Recipe for an open model, in its own dtype where none is given."""
         if fields.get("dtype") is None:
             fields = fields | {"dtype": source_dtype(source.stored_dtype("embed_tokens.weight"))}
         return Recipe(**fields)
 
     @staticmethod
-    def refuse(source, recipe: Recipe, vocab_from: str | Path | None) -> None:
+    def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
         from optrot_edge.exporters.mlx_plan import model_config
 
-        MlxFormat._refuse_vocab(vocab_from)
         model_config(source.family, source.config, [])
-        with tempfile.TemporaryDirectory() as folder:
-            MlxFormat._write_tokenizer(source, Path(folder))
+        _tokenizer_bytes(source)
 
     @staticmethod
-    def metadata_bytes(source, vocab_from: str | Path | None) -> int:
+    def metadata_bytes(source, options: PackageOptions) -> int:
         """Bytes of the package of an open model that are not tensors, at most."""
-        with tempfile.TemporaryDirectory() as folder:
-            out = MlxFormat._write_tokenizer(source, Path(folder))
-            files = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        return files + MLX_CARD + MLX_ENTRY * len(all_shapes(source.family, source.config))
+        return _tokenizer_bytes(source) + CARD + ENTRY * len(all_shapes(source.family, source.config))
 
     @staticmethod
-    def _refuse_vocab(vocab_from: str | Path | None) -> None:
-        if vocab_from is not None:
-            raise InputError("--vocab-from is for GGUF; an MLX package takes the model's own tokenizer")
-
-    @staticmethod
-    def _write_tokenizer(source, folder: Path) -> Path:
-        from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
-
-        source.save_tokenizer(folder / "source")
-        (folder / "package").mkdir()
-        write_hf_tokenizer(folder / "source", folder / "package", source.config)
-        return folder / "package"
-
-    @staticmethod
-    def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, vocab_from, progress: Progress) -> dict:
+    def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, options: PackageOptions,
+              progress: Progress) -> dict:
         """Package an open checkpoint; returns the exporter's summary."""
         from optrot_edge.exporters.mlx import export_mlx
 
-        MlxFormat._refuse_vocab(vocab_from)
         return export_mlx(checkpoint, out, overwrite=overwrite, progress=_bar(progress))
 
 
-PACKAGES = {"gguf": GgufFormat, "mlx": MlxFormat}
+class OnnxFormat:
+    """A folder for onnxruntime, onnxruntime-genai and transformers.js. Methods as GgufFormat's."""
+
+    @staticmethod
+    def prepare(out: Path, overwrite: bool) -> None:
+        """InputError when `out` is taken."""
+        from optrot_edge.exporters.folder_package import check_place
+
+        check_place(out, overwrite, "onnx")
+
+    @staticmethod
+    def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
+        """The Recipe for an open model, in what the execution provider computes in where no dtype is given."""
+        from optrot_edge.exporters.onnx_plan import usual_dtype
+
+        if fields.get("dtype") is None:
+            fields = fields | {"dtype": usual_dtype(options.onnx["execution_provider"])}
+        return Recipe(**fields)
+
+    @staticmethod
+    def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
+        """InputError, before an hour of work, for what the exporter would refuse after it."""
+        from optrot_edge.exporters.onnx_plan import check_target
+
+        check_target(dtype=recipe.dtype, **options.onnx)
+        for module in ("onnx", "onnx_ir", "onnxruntime_genai"):
+            require(module, "onnx", "writing ONNX packages")
+        _tokenizer_bytes(source)
+
+    @staticmethod
+    def metadata_bytes(source, options: PackageOptions) -> int:
+        """Bytes of the package of an open model that are not tensors, at most."""
+        config = source.config
+        tables = config.max_position_embeddings * config.head_dim * 4
+        return _tokenizer_bytes(source) + CARD + tables + ONNX_LAYER * (config.num_hidden_layers + 4)
+
+    @staticmethod
+    def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, options: PackageOptions,
+              progress: Progress) -> dict:
+        """Package an open checkpoint; returns the exporter's summary."""
+        require("onnxruntime_genai", "onnx", "writing ONNX packages")
+        from optrot_edge.exporters.onnx import export_onnx
+
+        return export_onnx(checkpoint, out, overwrite=overwrite, progress=_bar(progress), **options.onnx)
+
+
+class GptqFormat:
+    """A folder for GPTQModel, transformers, vLLM and onnxruntime-genai's builder. Methods as GgufFormat's."""
+
+    @staticmethod
+    def prepare(out: Path, overwrite: bool) -> None:
+        """InputError when `out` is taken."""
+        from optrot_edge.exporters.folder_package import check_place
+
+        check_place(out, overwrite, "gptq")
+
+    @staticmethod
+    def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
+        """The Recipe for an open model."""
+        return Recipe(**fields)
+
+    @staticmethod
+    def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
+        """InputError, before an hour of work, for what the exporter would refuse after it."""
+        from optrot_edge.exporters.gptq_plan import refuse_model
+
+        which = set() if recipe.rotation == "none" else recipe.which
+        refuse_model(source.family, source.config, *(name in which for name in ("r3", "r4")))
+        if recipe.embedding_type != "f16":
+            raise InputError(f"--embedding-type {recipe.embedding_type}: GPTQ's format has float embeddings only; use "
+                             "f16")
+        if source.config.tie_word_embeddings and recipe.head_type != "f16":
+            raise InputError(f"--head-type {recipe.head_type}: this model's head is tied to its embedding, and GPTQ's "
+                             "format has float embeddings only; use f16")
+        _tokenizer_bytes(source)
+
+    @staticmethod
+    def metadata_bytes(source, options: PackageOptions) -> int:
+        """Bytes of the package of an open model that are not tensors, at most."""
+        indices = 4 * sum(shape[-1] for shape in all_shapes(source.family, source.config).values() if len(shape) == 2)
+        return _tokenizer_bytes(source) + CARD + indices + ENTRY * len(all_shapes(source.family, source.config))
+
+    @staticmethod
+    def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, options: PackageOptions,
+              progress: Progress) -> dict:
+        """Package an open checkpoint; returns the exporter's summary."""
+        from optrot_edge.exporters.gptq import export_gptq
+
+        return export_gptq(checkpoint, out, overwrite=overwrite, progress=_bar(progress))
+
+
+def _tokenizer_bytes(source) -> int:
+    """Bytes of an open model's tokenizer as Hugging Face files; InputError where it cannot be had."""
+    from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        source.save_tokenizer(Path(folder, "source"))
+        out = Path(folder, "package")
+        out.mkdir()
+        write_hf_tokenizer(Path(folder, "source"), out, source.config)
+        return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+PACKAGES = {"gguf": GgufFormat, "mlx": MlxFormat, "onnx": OnnxFormat, "gptq": GptqFormat}
 
 
 def _bar(progress: Progress):
     return lambda done, total, what: progress("write and verify", done, total, what)
 
 
-def write_package(format: str, checkpoint: str | Path, out: Path, overwrite: bool, vocab_from,
+def write_package(format: str, checkpoint: str | Path, out: Path, overwrite: bool, options: PackageOptions,
                   progress: Progress) -> dict:
     """Package the checkpoint folder; the exporter's summary, and what `--rotation auto` chose."""
     opened = QuantizedCheckpoint(checkpoint)
-    return PACKAGES[format].write(opened, out, overwrite, vocab_from, progress) | chosen_by_auto(opened.manifest)
+    return PACKAGES[format].write(opened, out, overwrite, options, progress) | chosen_by_auto(opened.manifest)
 
 
-def without_metadata(source, recipe: Recipe, vocab_from: str | Path | None) -> Recipe:
+def without_metadata(source, recipe: Recipe, options: PackageOptions) -> Recipe:
     """`recipe` with the target size of a package's tensors in the place of the package's."""
     if recipe.target_size is None:
         return recipe
-    metadata = PACKAGES[recipe.format].metadata_bytes(source, vocab_from)
+    metadata = PACKAGES[recipe.format].metadata_bytes(source, options)
     if recipe.target_size <= metadata:
         raise InputError(f"--target-size {recipe.target_size:,}: vocabulary and names alone take {metadata:,} bytes")
     return dataclasses.replace(recipe, target_size=recipe.target_size - metadata)

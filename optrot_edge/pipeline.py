@@ -13,7 +13,7 @@ from optrot_edge.formats import check_format
 from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
 from optrot_edge.journal import remove_folder
 from optrot_edge.memory import must_spill
-from optrot_edge.packages import PACKAGES, without_metadata, write_package
+from optrot_edge.packages import PACKAGES, PackageOptions, without_metadata, write_package
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import Recipe
 from optrot_edge.resume import ResumableWriter, WorkFolder, package, was_packaged
@@ -45,10 +45,9 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, res
         return writer.finish(_quantize_into(writer, source, recipe, rotation, progress))
 
 
-def _opened(model, rotation, fields: dict, progress: Progress, *, packaged: bool = False,
-            vocab_from: str | Path | None = None) -> tuple:
+def _opened(model, rotation, fields: dict, progress: Progress, *, options: PackageOptions | None = None) -> tuple:
     """The open model, the Recipe and the Rotation made before, if one is given, of `quantize`'s arguments, or
-    (`packaged`) of `export`'s."""
+    (`options`) of `export`'s."""
     needs_learn()
     from optrot_edge.models import open_model
     from optrot_edge.plan import check_widths
@@ -62,10 +61,10 @@ def _opened(model, rotation, fields: dict, progress: Progress, *, packaged: bool
     if format == "gguf" or fields.get("dtype"):
         Recipe(**fields)  # refuses a bad one before the model is read, or downloaded
     source = open_model(model)
-    recipe = PACKAGES[format].recipe(source, fields)
-    if packaged:
-        PACKAGES[format].refuse(source, recipe, vocab_from)
-        recipe = without_metadata(source, recipe, vocab_from)
+    recipe = PACKAGES[format].recipe(source, fields, options or PackageOptions())
+    if options is not None:
+        PACKAGES[format].refuse(source, recipe, options)
+        recipe = without_metadata(source, recipe, options)
     must_spill(source.config, recipe)  # refuses too small a --max-memory before any work
     for note in check_widths(source, recipe):
         progress("types", 1, 1, note)
@@ -143,7 +142,7 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, folder: W
     from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
     from optrot_edge.rotations.fuse import packaged
 
-    rotated = packaged(source, rotation, inputs.device)
+    rotated = packaged(source, rotation, recipe.format, inputs.device)
     chosen, expected = inputs.allot(rotated.config) if recipe.has_target else (None, None)
     types = tensor_types(source.family, rotated.config, recipe, chosen)
     options = QuantizerOptions(types, recipe.quantizer, recipe.damp, recipe.act_order, recipe.asymmetric,
@@ -180,15 +179,19 @@ def _distill(source, recipe: Recipe, inputs: CalibrationInputs, folder: WorkFold
 
 def export(model: str | Path, out: str | Path, *, format: str | None = None, overwrite: bool = False,
            restart: bool = False, checkpoint: str | Path | None = None, vocab_from: str | Path | None = None,
-           progress: Progress = quiet, **fields) -> dict:
+           execution_provider: str | None = None, accuracy_level: int | None = None, progress: Progress = quiet,
+           **fields) -> dict:
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
-    `format` None: the one the checkpoint was made for, or gguf. With a model, `fields` are Recipe's, `checkpoint` keeps
+    `format` None: the one the checkpoint was made for, or gguf. `vocab_from`, `execution_provider`, `accuracy_level`:
+    see `optrot_edge.packages.PackageOptions`. With a model, `fields` are Recipe's, `checkpoint` keeps
     the intermediate checkpoint there, `target_size` is the size of the whole package, and a run that was stopped goes
     on when it is started again (see `quantize`). Under torchrun only rank 0 writes; the other processes get an empty
     summary.
     """
     out, format = Path(out), _format_of(model, format, fields)
+    options = PackageOptions(vocab_from, execution_provider, accuracy_level)
+    options.check(format)
     place = out.with_name(out.name + ".checkpoint") if checkpoint is None else Path(checkpoint)
     if process_rank():  # of a torchrun launch: rank 0 packages what all have quantised
         if not is_checkpoint(model):
@@ -196,33 +199,34 @@ def export(model: str | Path, out: str | Path, *, format: str | None = None, ove
         return {}
     PACKAGES[format].prepare(out, overwrite or was_packaged(place, out))
     if is_checkpoint(model):
-        return write_package(format, model, out, overwrite, vocab_from, progress)
-    source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, packaged=True,
-                                       vocab_from=vocab_from)
+        return write_package(format, model, out, overwrite, options, progress)
+    source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, options=options)
     with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
         folder = _quantize_into(writer, source, recipe, rotation, progress)
         if checkpoint is not None:
             writer.finish(folder)
-        return package(folder, out, vocab_from, lambda path: write_package(
-            format, folder.work, path, True, vocab_from, progress))
+        return package(folder, out, options.recorded(), lambda path: write_package(
+            format, folder.work, path, True, options, progress))
 
 
 def plan(model: str | Path, *, packaged: bool = False, format: str | None = None,
-         vocab_from: str | Path | None = None, **fields) -> dict:
+         vocab_from: str | Path | None = None, execution_provider: str | None = None,
+         accuracy_level: int | None = None, **fields) -> dict:
     """What `quantize`, or with `packaged` `export`, would do and cost; see optrot_edge.plan.
 
     Refuses what they would refuse before their work begins.
     """
     format = _format_of(model, format, fields)
+    options = PackageOptions(vocab_from, execution_provider, accuracy_level)
+    options.check(format)
     if packaged and is_checkpoint(model):
         from optrot_edge.plan import plan_checkpoint
 
-        return plan_checkpoint(model, format, vocab_from)
+        return plan_checkpoint(model, format, options)
     from optrot_edge.auto import candidates
     from optrot_edge.plan import make_plan, plan_choice
 
-    source, recipe, _ = _opened(model, None, fields | {"format": format}, quiet, packaged=packaged,
-                                vocab_from=vocab_from)
+    source, recipe, _ = _opened(model, None, fields | {"format": format}, quiet, options=options if packaged else None)
     check_windows(source, recipe)
     resolve_device(recipe.device)
     start = starting_point(source, recipe)

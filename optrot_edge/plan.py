@@ -44,7 +44,7 @@ def make_plan(source, recipe, rotation) -> dict:
     """
     from optrot_edge.rotations.fuse import packaged
 
-    original, config = source.config, packaged(source, rotation).config
+    original, config = source.config, packaged(source, rotation, recipe.format).config
     parts, types = _parts(source, config, recipe), _types(source.family, config, recipe)
     weights = sum(map(prod, all_shapes(source.family, config).values()))
     peak, flops = _effort(config, recipe, rotation.applied)
@@ -92,7 +92,7 @@ def stored_bytes(source, rotation, recipe) -> float:
     target size, that."""
     from optrot_edge.rotations.fuse import packaged
 
-    return sum(_parts(source, packaged(source, rotation).config, recipe).values())
+    return sum(_parts(source, packaged(source, rotation, recipe.format).config, recipe).values())
 
 
 def _parts(source, config, recipe) -> dict[str, float]:
@@ -248,10 +248,11 @@ def _statistics_flops(config, recipe) -> int:
             + 16 * SENSITIVITY_TOKENS * (body + _matrix(config)))
 
 
-def plan_checkpoint(path: str | Path, format: str, vocab_from: str | Path | None = None) -> dict:
-    """The same plan for packaging an existing checkpoint; InputError for what the exporter refuses."""
+def plan_checkpoint(path: str | Path, format: str, options) -> dict:
+    """The same plan for packaging an existing checkpoint (`options` are packages.PackageOptions); InputError for what
+    the exporter refuses."""
     checkpoint = QuantizedCheckpoint(path)
-    rows, notes = _package_tensors(checkpoint, format, vocab_from)
+    rows, notes = _package_tensors(checkpoint, format, options)
     types: dict[str, dict[str, int]] = {}
     parts: dict[str, float] = {}
     for source, kind, shape, nbytes in rows:
@@ -270,16 +271,23 @@ def plan_checkpoint(path: str | Path, format: str, vocab_from: str | Path | None
             "peak_memory_bytes": LIGHT_OVERHEAD + 12 * largest, "seconds": round(total / EXPORT_RATE + 1)}
 
 
-def _package_tensors(checkpoint: QuantizedCheckpoint, format: str, vocab_from) -> tuple[list[tuple], list[str]]:
+def _package_tensors(checkpoint: QuantizedCheckpoint, format: str, options) -> tuple[list[tuple], list[str]]:
     """(name in the checkpoint, type, shape, bytes) of every tensor of the package, and remarks."""
-    if format == "mlx":
+    if format in ("mlx", "gptq"):
+        from optrot_edge.exporters.gptq_plan import plan_gptq
         from optrot_edge.exporters.mlx_plan import plan_mlx
 
-        plan = plan_mlx(checkpoint)
+        plan = plan_mlx(checkpoint) if format == "mlx" else plan_gptq(checkpoint)
         return [(tensor.source, tensor.spec.name if tensor.spec else plan.dtype, tensor.shape, plan.size_of(tensor))
                 for tensor in plan.tensors], plan.notes
+    if format == "onnx":
+        from optrot_edge.exporters.onnx_plan import plan_onnx
+
+        plan = plan_onnx(checkpoint, **options.onnx)
+        return [(tensor.source, tensor.spec.name if tensor.spec else plan.dtype, tensor.shape,
+                 tensor.nbytes(plan.dtype)) for tensor in plan.tensors.values()], plan.notes
     from optrot_edge.exporters.gguf_plan import plan_gguf
 
-    plan = plan_gguf(checkpoint, vocab_from=vocab_from)
+    plan = plan_gguf(checkpoint, vocab_from=options.vocab_from)
     return [(tensor.source, tensor.type.name.lower(), tensor.shape, tensor.nbytes)
             for tensor in plan.tensors], plan.notes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
-from optrot_edge.formats import DTYPES, candidates, check_format, full_type, mlx_type
+from optrot_edge.formats import DTYPES, candidates, check_format, full_type, grid_type
 from optrot_edge.memory import parse_size
 from optrot_edge.rotations.options import OptRotOptions
 from optrot_edge.tensor_types import base_grid, parse_overrides
@@ -30,9 +30,11 @@ class Recipe:
     `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: types by
     measured KL per byte, see `optrot_edge.budget`; `embedding_type` and `head_type` None are then
     decided with the rest.
-    `format` is the package that all this is for, None: gguf. For "mlx", `bits` and `group_size` stand for `type` (4 and
-    64), embedding and head have that type too where no other is given, short names as `6bit` will do, and `dtype` is
-    the package's (None: float16); with a target size `group_size` leaves the bits open only. `rotation` is
+    `format` is the package that all this is for, None: gguf. For others than "gguf", `bits` and `group_size` stand
+    for `type` (4, and 64 for "mlx", 32 for "onnx", 128 for "gptq"), short names as `8bit` will do, and `dtype` is the
+    package's (None: float16, ONNX float32); embedding and head have that type too where no other is given, an ONNX head
+    8 bits, GPTQ's both float16; with a target size `group_size` leaves the bits open only. `symmetric`: zero-points of
+    "onnx" (None: not) and "gptq" (None: so) lie in the middle. `rotation` is
     none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
@@ -49,6 +51,7 @@ class Recipe:
     type: str | None = None
     bits: int | None = None
     group_size: int | None = None
+    symmetric: bool | None = None
     dtype: str | None = None
     embedding_type: str | None = None
     head_type: str | None = None
@@ -120,7 +123,7 @@ class Recipe:
 
     def candidates(self, width: int) -> list[str]:
         """The types that a target size may give rows of `width` weights."""
-        return candidates(width, self.format, self.dtype, self.group_size)
+        return candidates(width, self.format, self.dtype, self.group_size, self.symmetric)
 
     @property
     def which(self) -> set[str]:
@@ -144,11 +147,13 @@ class Recipe:
         self.tensor_type = list(self.tensor_type or ())
         self.format = self.format or "gguf"
         check_format(self.format)
-        if self.format == "mlx":
-            self._check_mlx()
+        if self.symmetric is not None and self.format not in ("onnx", "gptq"):
+            raise InputError("--symmetric and --asymmetric are for --format onnx and gptq")
+        if self.format != "gguf":
+            self._check_affine()
         elif not self.bits == self.group_size == self.dtype is None:
-            raise InputError("--bits, --group-size and --dtype are for --format mlx; GGUF's types are chosen with "
-                             "--type")
+            raise InputError("--bits, --group-size and --dtype are for --format mlx, onnx and gptq; GGUF's types are "
+                             "chosen with --type")
         parse_overrides(self.tensor_type)
         for kind in (self.embedding_type, self.head_type):
             if kind is not None and kind not in FLOAT_TYPES:
@@ -166,16 +171,18 @@ class Recipe:
         if self.calibration == "none":
             raise InputError("a target size is met by what calibration measures; give --calibration")
 
-    def _check_mlx(self) -> None:
-        """Full names of all types."""
-        self.dtype = self.dtype or "float16"
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype}: use {', '.join(DTYPES)}")
-        full = lambda kind: kind and full_type(kind, self.dtype, self.group_size)  # noqa: E731
+    def _check_affine(self) -> None:
+        """Full names of all types of a package that is not GGUF."""
+        if self.format == "gptq":  # has no other embedding, and few readers another head
+            self.embedding_type, self.head_type = self.embedding_type or "f16", self.head_type or "f16"
+        self.dtype = self.dtype or ("float32" if self.format == "onnx" else "float16")
+        if self.dtype not in DTYPES[self.format]:
+            raise InputError(f"--dtype {self.dtype}: use {', '.join(DTYPES[self.format])}")
+        full = lambda kind: kind and full_type(self.format, kind, self.dtype, self.group_size, self.symmetric)  # noqa: E731
         self.type, self.embedding_type, self.head_type = map(full, (self.type, self.embedding_type, self.head_type))
         self.tensor_type = [f"{pattern}={full(kind.strip().lower())}" for pattern, _, kind in
                             (entry.rpartition("=") for entry in self.tensor_type)]
-        named = mlx_type(self.bits, self.group_size, self.dtype)
+        named = grid_type(self.format, self.bits, self.group_size, self.dtype, self.symmetric)
         if self.type is None and not self.has_target:
             self.type = named
         if self.bits is not None and self.type != named:

@@ -101,7 +101,7 @@ class WorkFolder:
     def save_tokenizer(self, source) -> None:
         """Commit what a checkpoint keeps of an open model's tokenizer."""
         for path in source.save_tokenizer(self.work / "tokenizer"):
-            self.journal.keep(f"tokenizer/{path.name}")
+            self.journal.keep(path.relative_to(self.work).as_posix())
 
     def write_manifest(self, manifest: dict) -> None:
         """Write `optrot.json`, so that the folder can be read as a checkpoint."""
@@ -125,21 +125,22 @@ class WorkFolder:
 PACKAGE = "package"  # name of the journal's note on what was exported
 
 
-def package(folder: WorkFolder, out: Path, vocab_from: str | Path | None, export: Callable[[Path], dict]) -> dict:
-    """Put the package of a complete folder at `out`, with `export(path)`, and return its summary.
+def package(folder: WorkFolder, out: Path, options: dict, export: Callable[[Path], dict]) -> dict:
+    """Put the package of a complete folder at `out`, with `export(path)`, and return its summary; `options` is JSON of
+    what else shapes it.
 
     It is made beside `out`, noted with its hash, and then renamed: whichever of these a run was killed after, the next
     one knows whether `out` is its own.
     """
-    new, asked = out.with_name(out.name + ".new"), vocab_from and sha256(vocab_from)
+    new = out.with_name(out.name + ".new")
     made = folder.journal.about(PACKAGE)
-    if made and made["vocab_from"] == asked and out.exists() and digest(out) == made["sha256"]:
+    if made and made["options"] == options and out.exists() and digest(out) == made["sha256"]:
         if out.is_dir():
             restore_folder(out)  # deletes what it replaced
         return made["summary"]
     try:
         summary = export(new) | {"path": str(out)}
-        folder.journal.note(PACKAGE, {"sha256": digest(new), "vocab_from": asked, "summary": summary})
+        folder.journal.note(PACKAGE, {"sha256": digest(new), "options": options, "summary": summary})
         move_into_place(new, out)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from None

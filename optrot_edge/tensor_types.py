@@ -64,10 +64,14 @@ def base_grid(kind: str) -> str:
     return kind
 
 
-def head_grid(kind: str, hidden_size: int) -> str:
+def head_grid(kind: str, hidden_size: int, format: str = "gguf") -> str:
     """The type of the head where the body is `kind` and nothing else is asked for."""
+    if kind.startswith("mlx-"):
+        return kind  # mlx-lm treats it as the rest
+    if format == "onnx":
+        return re.sub(r"^int\d", "int8", kind)
     if kind not in PRESETS:
-        return kind if kind.startswith("mlx-") else "q8_0"  # mlx-lm treats it as the rest
+        return "q8_0"
     return "q8_0" if hidden_size % SUPER_BLOCK else PRESETS[kind].head
 
 
@@ -120,7 +124,7 @@ def _by_recipe(name: str, config, recipe, family) -> str | None:
     if given or recipe.has_target:
         return given
     if part == "head":
-        return head_grid(recipe.type, config.hidden_size)
+        return head_grid(recipe.type, config.hidden_size, recipe.format)
     if part == "embedding":
         return recipe.grid
     if recipe.type not in PRESETS:

@@ -136,7 +136,8 @@ def print_report(report: dict) -> None:
         table.add_row("tokens/s, prefill / decode",
                       f"{report['prefill_tokens_per_s']:.0f} / {report['decode_tokens_per_s']:.0f}")
     cache = f", keys and values in {report['kv_bits']} bits" if report.get("kv_bits") else ""
-    table.add_row("scored", f"{report['tokens']:,} tokens in {report['runtime']}{cache}")
+    level = f", accuracy level {report['accuracy_level']}" if "accuracy_level" in report else ""
+    table.add_row("scored", f"{report['tokens']:,} tokens in {report['runtime']}{cache}{level}")
     Console().print(table)
 
 

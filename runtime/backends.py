@@ -9,11 +9,14 @@ from pathlib import Path
 from optrot_edge.checkpoint import MANIFEST
 from optrot_edge.errors import InputError
 from optrot_edge.models.mlx_folder import MlxFolder, is_mlx
+from optrot_edge.models.onnx_folder import OnnxFolder, is_onnx
 from optrot_edge.runtime.imports import installed, require
 
-BACKENDS = ("llama.cpp", "mlx", "torch")
-_RUNS = {"gguf": ("llama.cpp", "torch"), "checkpoint": ("torch",), "mlx": ("mlx",), "hf": ("torch", "mlx")}
-_WHAT = {"gguf": "a GGUF", "checkpoint": "a quantised checkpoint", "mlx": "an MLX package", "hf": "a model folder"}
+BACKENDS = ("llama.cpp", "mlx", "onnxruntime", "torch")
+_RUNS = {"gguf": ("llama.cpp", "torch"), "checkpoint": ("torch",), "mlx": ("mlx",), "onnx": ("onnxruntime",),
+         "hf": ("torch", "mlx")}
+_WHAT = {"gguf": "a GGUF", "checkpoint": "a quantised checkpoint", "mlx": "an MLX package", "onnx": "an ONNX package",
+         "hf": "a model folder"}
 
 
 def local_path(model: str | Path) -> Path:
@@ -28,7 +31,7 @@ def local_path(model: str | Path) -> Path:
 
 
 def kind_of(path: str | Path) -> str:
-    """"gguf", "checkpoint", "mlx" (a package), "hf" (a float model's folder) or "reference" (a file).
+    """"gguf", "checkpoint", "mlx" or "onnx" (packages), "hf" (a float model's folder) or "reference" (a file).
 
     Raises InputError.
     """
@@ -36,6 +39,8 @@ def kind_of(path: str | Path) -> str:
     if path.is_dir():
         if (path / MANIFEST).is_file():
             return "checkpoint"
+        if is_onnx(path):
+            return "onnx"
         if (path / "config.json").is_file():
             return "mlx" if is_mlx(path) else "hf"
         raise InputError(f"{path}: a folder with neither {MANIFEST} nor config.json")
@@ -46,7 +51,9 @@ def kind_of(path: str | Path) -> str:
     with path.open("rb") as handle:
         if handle.read(4) == b"GGUF" or path.suffix == ".gguf":
             return "gguf"
-    raise InputError(f"{path}: neither a GGUF, a quantised checkpoint, an MLX package, a model folder nor a "
+    if path.suffix == ".onnx":
+        raise InputError(f"{path}: give the package's folder, which holds genai_config.json, not its graph")
+    raise InputError(f"{path}: neither a GGUF, a quantised checkpoint, an MLX or ONNX package, a model folder nor a "
                      "reference file (.json)")
 
 
@@ -57,35 +64,39 @@ def _checked(backend: str | None) -> str | None:
 
 
 def open_backend(path: str | Path, backend: str | None, device: str, **options):
-    """A backend that gives logits of the model at `path`; see `LlamaCppBackend`, `MlxBackend` and `TorchBackend`."""
+    """A backend that gives logits of the model at `path`: LlamaCppBackend, MlxBackend, OnnxBackend or TorchBackend."""
     from optrot_edge.runtime.llama_cpp import LlamaCppBackend
     from optrot_edge.runtime.mlx import MlxBackend
+    from optrot_edge.runtime.onnx import OnnxBackend
     from optrot_edge.runtime.torch_reference import TorchBackend
 
-    kinds = {"torch": TorchBackend, "mlx": MlxBackend}
+    kinds = {"torch": TorchBackend, "mlx": MlxBackend, "onnxruntime": OnnxBackend}
     return kinds.get(backend, LlamaCppBackend)(path, device=device, **options)
 
 
 def open_package(path: str | Path, backend: str | None = None, device: str = "cpu", *, kv_bits: int | None = None,
-                 trust_remote_code: bool = False):
-    """A package's backend: llama.cpp for a GGUF unless `backend` says torch, torch for a checkpoint, mlx for MLX.
+                 trust_remote_code: bool = False, accuracy_level: int | None = None):
+    """A package's backend: llama.cpp for a GGUF unless `backend` says torch, torch for a checkpoint, mlx for MLX,
+    onnxruntime for ONNX.
 
     A float model's folder is a package if MLX wrote it, or with `backend` "mlx". kv_bits, trust_remote_code: see
-    `MlxBackend`; InputError for other backends.
+    `MlxBackend`; accuracy_level: see `OnnxBackend`; InputError for other backends.
     """
     kind, backend = kind_of(path), _checked(backend)
     if kind == "hf" and (backend == "mlx" or (backend is None and MlxFolder(path).written_by_mlx)):
         kind = "mlx"
-    if kind not in ("gguf", "checkpoint", "mlx"):
-        raise InputError(f"{path}: not a package; give a .gguf, an MLX folder or a folder that `optrot-edge quantize` "
-                         "wrote")
+    if kind not in ("gguf", "checkpoint", "mlx", "onnx"):
+        raise InputError(f"{path}: not a package; give a .gguf, an MLX or ONNX folder, or a folder that `optrot-edge "
+                         "quantize` wrote")
     backend = _fitting(path, kind, backend or _RUNS[kind][0])
-    if backend == "mlx":
-        return open_backend(path, backend, device, kv_bits=kv_bits, trust_remote_code=trust_remote_code)
-    for option, given in (("--kv-bits", kv_bits is not None), ("--trust-remote-code", trust_remote_code)):
-        if given:
-            raise InputError(f"{option} is for MLX packages; {path} runs in {backend}")
-    return open_backend(path, backend, device)
+    for option, given, runtime, what in (("--kv-bits", kv_bits is not None, "mlx", "MLX"),
+                                         ("--trust-remote-code", trust_remote_code, "mlx", "MLX"),
+                                         ("--accuracy-level", accuracy_level is not None, "onnxruntime", "ONNX")):
+        if given and backend != runtime:
+            raise InputError(f"{option} is for {what} packages; {path} runs in {backend}")
+    own = {"mlx": {"kv_bits": kv_bits, "trust_remote_code": trust_remote_code},
+           "onnxruntime": {"accuracy_level": accuracy_level}}
+    return open_backend(path, backend, device, **own.get(backend, {}))
 
 
 def open_reference(path: str | Path, backend: str | None = None, device: str = "cpu", *,
@@ -93,8 +104,8 @@ def open_reference(path: str | Path, backend: str | None = None, device: str = "
     """The backend of a reference model.
 
     A GGUF is dequantised and computed in float32 torch when torch is installed, otherwise it runs in
-    llama.cpp; a Hugging Face folder or a checkpoint runs in torch, an MLX package in mlx. The report names what was
-    used. trust_remote_code: see `MlxBackend`.
+    llama.cpp; a Hugging Face folder or a checkpoint runs in torch, an MLX package in mlx, an ONNX package in
+    onnxruntime. The report names what was used. trust_remote_code: see `MlxBackend`.
     """
     kind = kind_of(path)
     if kind == "reference":
@@ -127,6 +138,8 @@ def bits_per_weight(path: str | Path) -> float:
         return _gguf_bits_per_weight(path)
     if kind in ("mlx", "hf"):
         return MlxFolder(path).bits_per_weight
+    if kind == "onnx":
+        return OnnxFolder(path).bits_per_weight
     from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
 
     return DecodedCheckpoint(path).stored_bits_per_weight

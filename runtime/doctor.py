@@ -26,7 +26,9 @@ _PACKAGES = (
     ("datasets", "datasets", "eval", "calibration and evaluation text from the hub"),
     ("mlx", "mlx", "mlx", "MLX packages"),
     ("mlx_lm", "mlx-lm", "mlx", "running and checking MLX packages"),
-    ("onnxruntime", "onnxruntime", "onnx", "ONNX packages"),
+    ("onnx", "onnx", "onnx", "ONNX packages"),
+    ("onnxruntime", "onnxruntime", "onnx", "running and checking ONNX packages"),
+    ("onnxruntime_genai", "onnxruntime-genai", "onnx", "chat with ONNX packages, and their speed"),
 )
 # Instruction sets that llama.cpp's CPU kernels use.
 _CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8",
@@ -36,11 +38,11 @@ _CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vn
 def doctor(probe: bool = False) -> list[dict]:
     """One row per runtime, library and device: `kind`, `name`, `usable`, `detail`, `install`.
 
-    Nothing heavy is imported: an installed package counts as usable. probe: import each in a child process
+    Nothing heavy is imported here: an installed package counts as usable. probe: import each in a child process
     instead, which finds broken installations and takes some seconds. `install` is empty when nothing is
     to do.
     """
-    return [_package(*entry, probe) for entry in _PACKAGES] + [_cpu(), _cuda(), _mps()]
+    return [_package(*entry, probe) for entry in _PACKAGES] + [_cpu(), _cuda(), _mps(), *_providers()]
 
 
 def _row(kind: str, name: str, usable: bool, detail: str, install: str = "") -> dict:
@@ -48,7 +50,7 @@ def _row(kind: str, name: str, usable: bool, detail: str, install: str = "") -> 
 
 
 def _package(module: str, distribution: str, extra: str | None, purpose: str, probe: bool) -> dict:
-    kind = "runtime" if module in ("llama_cpp", "torch", "mlx_lm", "onnxruntime") else "library"
+    kind = "runtime" if module in ("llama_cpp", "torch", "mlx_lm", "onnxruntime", "onnxruntime_genai") else "library"
     target = f'"optrot-edge[{extra}]"' if extra else distribution
     install = f"pip install {target}"
     if not installed(module):
@@ -74,6 +76,19 @@ def _import_failure(module: str) -> str:
         return "no answer within 120 s"
     lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
     return lines[-1] if run.returncode else ""
+
+
+def _providers() -> list[dict]:
+    """What onnxruntime can run on: a row, asked in a child process, or none where it is not installed."""
+    if not installed("onnxruntime"):
+        return []
+    code = "import onnxruntime; print(*onnxruntime.get_available_providers(), sep=', ')"
+    try:
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return []
+    lines = run.stdout.strip().splitlines()
+    return [_row("device", "onnxruntime's providers", bool(lines), lines[-1] if lines else "it does not import")]
 
 
 def _cpu() -> dict:

@@ -24,15 +24,17 @@ from optrot_edge.runtime.text import PROBE, GgufTokenizer, cut_windows, open_tok
 def evaluate_package(package: str | Path, *, reference: str | Path, text: str | None = None,
                      windows: int | None = None, window: int | None = None, backend: str | None = None,
                      reference_backend: str | None = None, device: str = "cpu", speed: bool = True,
-                     kv_bits: int | None = None, trust_remote_code: bool = False, progress=None) -> dict:
-    """Score `package` (a .gguf, an MLX folder or a checkpoint folder) against `reference`.
+                     kv_bits: int | None = None, trust_remote_code: bool = False, accuracy_level: int | None = None,
+                     progress=None) -> dict:
+    """Score `package` (a .gguf, an MLX or ONNX folder or a checkpoint folder) against `reference`.
 
     reference: a model (.gguf, Hugging Face or MLX folder, checkpoint) or a reference file (.json, .json.gz).
     text: the evaluation text; optional with a reference file, which holds its windows. windows, window:
     how many (default: all there are, at most 32) of how many tokens (default 256). backend,
-    reference_backend: "llama.cpp", "mlx" or "torch", default by kind. speed: also time llama.cpp or MLX. kv_bits: 4 or
-    8, keep an MLX package's keys and values in so many bits. trust_remote_code: run the model files that MLX folders
-    bring. progress: called with (done, total, what).
+    reference_backend: "llama.cpp", "mlx", "onnxruntime" or "torch", default by kind. speed: also time the runtime.
+    kv_bits: 4 or 8, keep an MLX package's keys and values in so many bits. trust_remote_code: run the model files that
+    MLX folders bring. accuracy_level: run an ONNX package at this one (see `OnnxBackend`). progress: called with (done,
+    total, what).
 
     The package's own tokenizer cuts the text; BOS begins every window if the package adds BOS. KL is in nats.
     `kl_is_lower_bound` is true against a reference file: the KL then lies between `kl_mean` and
@@ -44,8 +46,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
     began = time.perf_counter()
     reference = backends.local_path(reference)
     from_file = backends.kind_of(reference) == "reference"
-    with backends.open_package(package, backend, device, kv_bits=kv_bits,
-                               trust_remote_code=trust_remote_code) as runner:
+    with backends.open_package(package, backend, device, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
+                               accuracy_level=accuracy_level) as runner:
         if from_file:
             stored = read_reference(reference)
             chosen = _windows_of(stored, package, runner, text, windows, window)
@@ -72,6 +74,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
                    "text_sha256": stored.text_sha256 if from_file else text_sha256(text)}
         if kv_bits is not None:
             report["kv_bits"] = kv_bits
+        if getattr(runner, "accuracy_level", None) is not None:
+            report["accuracy_level"] = runner.accuracy_level
         report |= _speed(runner, speed)
     report |= {"bytes": backends.size_on_disk(package), "bits_per_weight": backends.bits_per_weight(package)}
     return report | {"seconds": time.perf_counter() - began}
@@ -84,14 +88,14 @@ def write_report(path: str | Path, report: dict) -> None:
 
 def write_reference_file(model: str | Path, out: str | Path, *, text: str, windows: int | None = None,
                          window: int | None = None, top_k: int = 64, backend: str | None = None,
-                         device: str = "cpu", progress=None) -> Reference:
+                         device: str = "cpu", trust_remote_code: bool = False, progress=None) -> Reference:
     """Score `text` with `model` and write a reference file. Arguments as in `evaluate_package`."""
     model = backends.local_path(model)
     tokens = tokenize_for(model, None, text, window, windows)
     tokenizer = open_tokenizer(model)
     probe = {"text": PROBE, "ids": tokenizer.tokenize(PROBE)}
     tokenizer.close()
-    with backends.open_reference(model, backend, device) as original:
+    with backends.open_reference(model, backend, device, trust_remote_code=trust_remote_code) as original:
         _fits(original, tokens)
         return write_reference(out, original, tokens, top_k=top_k, text_sha256=text_sha256(text), probe=probe,
                                progress=progress)

@@ -12,8 +12,8 @@ import numpy as np
 
 from optrot_edge.errors import InputError
 from optrot_edge.models.mlx_folder import MlxFolder
+from optrot_edge.runtime.hf_backend import HfBackend
 from optrot_edge.runtime.imports import require
-from optrot_edge.runtime.text import HfTokenizer, check_ids
 
 KV_GROUP = 64  # mlx-lm's default
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -42,7 +42,7 @@ def _reason(error: Exception) -> str:
     return text if len(text) < 400 else text[:400] + " ..."
 
 
-class MlxBackend:
+class MlxBackend(HfBackend):
     """One MLX folder in mlx-lm.
 
     path: the folder, written by an exporter or by `mlx_lm.convert`, quantised or not. n_ctx: longest sequence in
@@ -164,43 +164,7 @@ class MlxBackend:
         """Versions of mlx-lm and mlx."""
         return f"mlx-lm {self._mlx_lm.__version__} (mlx {self._mx.__version__})"
 
-    # tokens
-
-    @functools.cached_property
-    def _tokenizer(self) -> HfTokenizer:
-        return HfTokenizer(self.path)
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether the tokenizer puts a beginning-of-sequence token before a text."""
-        return self._tokenizer.adds_bos
-
-    @property
-    def bos(self) -> int | None:
-        """Id of the beginning-of-sequence token, None if the tokenizer has none."""
-        return self._tokenizer.bos
-
-    def tokenize(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
-        """Ids of `text`. add_bos None: as the tokenizer wants; special: read `<|…|>` marks as control tokens."""
-        add_bos = self.adds_bos if add_bos is None else add_bos
-        if add_bos and self.bos is None:
-            raise InputError(f"{self.path}: the tokenizer has no beginning-of-sequence token to add")
-        return ([self.bos] if add_bos else []) + self._tokenizer.tokenize(text, special=special)
-
-    def detokenize(self, tokens, *, special: bool = True) -> str:
-        """Text of token ids; special False leaves control tokens out."""
-        return self._tokenizer.detokenize(self._check_ids(tokens).tolist(), special=special)
-
-    def _check_ids(self, tokens) -> np.ndarray:
-        return check_ids(tokens, self.vocab_size, self.path.name)
-
     # logits
-
-    def _check_length(self, length: int) -> None:
-        limit = min(self.n_ctx, self.context_length)
-        if length > limit:
-            raise InputError(f"{length} tokens do not fit the context of {limit} tokens of {self.path.name}; "
-                             "use a shorter window or prompt")
 
     def logits(self, tokens) -> np.ndarray:
         """Logits float32 [n, vocab] of one sequence of token ids [n]. InputError if it does not fit."""
@@ -216,15 +180,6 @@ class MlxBackend:
                 rows = self._model(mx.array(part)[None], cache=cache)[0].astype(mx.float32)
                 out[start:start + len(part)] = np.array(rows)
         return out
-
-    def iter_logits(self, tokens: np.ndarray, *, progress=None) -> Iterator[np.ndarray]:
-        """Logits [n, vocab] of each window of `tokens` [b, n], one at a time."""
-        for window in tokens:
-            yield self.logits(window)
-
-    def logits_batch(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits float32 [b, n, vocab] of windows [b, n]; `iter_logits` needs b times less memory."""
-        return np.stack(list(self.iter_logits(np.asarray(tokens))))
 
     # text and speed
 

@@ -65,6 +65,26 @@ def mlx(tmp_path_factory):
     return folders
 
 
+@pytest.fixture(scope="session")
+def genai(tmp_path_factory):
+    """`genai(case, precision, provider, **options)`: the tiny float model and onnxruntime-genai's ONNX folder of it,
+    made once; do not write into them. `options` are the builder's extra options."""
+    from tests.onnx_models import build
+    from tests.road import save_model
+
+    made = {}
+
+    def folders(case: str, precision: str = "fp32", provider: str = "cpu", **options):
+        key = (case, precision, provider, *sorted(options.items()))
+        if (case,) not in made:
+            made[case,] = save_model(tmp_path_factory.mktemp(case) / "float", case)
+        if key not in made:
+            made[key] = build(made[case,], tmp_path_factory.mktemp(case) / "onnx", precision, provider, **options)
+        return made[case,], made[key]
+
+    return folders
+
+
 @pytest.fixture
 def copied(tmp_path):
     """`copied(folder)`: a copy that a test may spoil."""

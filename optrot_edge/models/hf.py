@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from optrot_edge.errors import InputError
 from optrot_edge.models.hf_config import parse_config, read_json
 from optrot_edge.models.source import ModelSource
-from optrot_edge.models.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
+from optrot_edge.models.tokenizer_files import MORE_TEMPLATES, TOKENIZER_FILES, copy_tokenizer, tokenizer_files
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -40,9 +40,8 @@ class HFSource(ModelSource):
         ignored = {name for name in shapes if name.endswith(".rotary_emb.inv_freq")}
         self._spare_head = self.config.tie_word_embeddings and head in shapes
         self._check_tensors(shapes, self.family.hf_name, ignored | {head} if self._spare_head else ignored)
-        names = ["config.json", _INDEX, *TOKENIZER_FILES]
-        self.files = [self.path / name for name in names if (self.path / name).is_file()]
-        self.files += sorted(set(self._shard_of.values()))
+        self.files = [self.path / name for name in ("config.json", _INDEX) if (self.path / name).is_file()]
+        self.files += [*tokenizer_files(self.path), *sorted(set(self._shard_of.values()))]
 
     def lm_head(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         """Output projection [vocab, hidden]; None when it is the embedding.
@@ -178,7 +177,7 @@ def download(model_id: str, revision: str | None = None) -> Path:
         import httpx  # what newer versions of huggingface_hub speak through
 
         failures += (httpx.HTTPError,)
-    patterns = ["config.json", "model*.safetensors", _INDEX, *TOKENIZER_FILES]
+    patterns = ["config.json", "model*.safetensors", _INDEX, *TOKENIZER_FILES, MORE_TEMPLATES]
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except failures as error:

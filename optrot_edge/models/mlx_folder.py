@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from optrot_edge.errors import InputError
 from optrot_edge.models.hf_config import read_json
+from optrot_edge.models.optrot_entry import read_entry
 
-FORMAT_VERSION = 1  # of what optrot-edge adds to config.json
 _INDEX = "model.safetensors.index.json"
 _AFFINE = [(bits, group) for bits in (1, 2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 _BYTE_SCALES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
@@ -61,26 +61,13 @@ class MlxFolder:
         self.config = read_json(self.path / "config.json")
         text = self.config.get("text_config")  # models that see or hear have the language model's numbers there
         self.text_config = self.config | text if isinstance(text, dict) else self.config
-        self.optrot = self._read_optrot()
+        self.optrot = read_entry(self.path, self.config)
         self.files = self._find_files()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.written_by_mlx = False
         for file in self.files:
             self._read_header(file)
-
-    def _read_optrot(self) -> dict:
-        """What optrot-edge wrote into config.json; empty for other packages."""
-        ours = self.config.get("optrot", {})
-        if not isinstance(ours, dict):
-            raise InputError(f"{self.path}/config.json: `optrot` is not an object; export the package again")
-        version = ours.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version < 1:
-            raise InputError(f"{self.path}/config.json: format_version {version!r}; export the package again")
-        if version > FORMAT_VERSION:
-            raise InputError(f"{self.path} was written by a newer optrot-edge (format {version}; this one reads up to "
-                             f"{FORMAT_VERSION}); upgrade: pip install --upgrade optrot-edge")
-        return ours
 
     def _find_files(self) -> list[Path]:
         files = sorted(self.path.glob("model*.safetensors"))  # what mlx-lm loads

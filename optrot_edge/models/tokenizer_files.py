@@ -14,16 +14,26 @@ TOKENIZER_FILES = (
 )
 
 
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # those beside the default one, by transformers' own names
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer in `folder`."""
+    return [path for path in (*(folder / name for name in TOKENIZER_FILES), *sorted(folder.glob(MORE_TEMPLATES)))
+            if path.is_file()]
+
+
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
-    """Copy those of `TOKENIZER_FILES` that `source` holds into `folder`; the copies. Raises InputError."""
+    """Copy the tokenizer in `source` into `folder`; the copies. Raises InputError."""
     copies = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                partial = folder / f"{name}.partial"
-                shutil.copyfile(source / name, partial)
-                copies.append(partial.replace(folder / name))
+        for path in tokenizer_files(source):
+            out = folder / path.relative_to(source)
+            out.parent.mkdir(exist_ok=True)
+            partial = out.with_name(f"{out.name}.partial")
+            shutil.copyfile(path, partial)
+            copies.append(partial.replace(out))
     except OSError as error:
         raise InputError(f"cannot copy the tokenizer to {folder}: {error}") from None
     return copies

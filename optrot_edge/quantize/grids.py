@@ -247,7 +247,7 @@ class Grid:
         if self.spec.kind == "min":
             return low
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-        return (-low / safe).round().clamp(0, self.top)
+        return (-low / safe).round().clamp(self.spec.lowest_zero, self.top)
 
     def _finish(self, scale, low):
         """Scale and offset at stored precision."""

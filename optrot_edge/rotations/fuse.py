@@ -108,9 +108,10 @@ def fuse_layer(layer: Layer, rotation: Rotation, index: int, config: ModelConfig
     return layer
 
 
-def packaged(source, rotation: Rotation, device: str = "cpu") -> RotatedModel:
-    """`source` under `rotation` as packages have it: what runs online R3 or R4 can run a tied head's `head_mix` too."""
-    return RotatedModel(source, rotation, device, keep_tied=rotation.is_online)
+def packaged(source, rotation: Rotation, format: str | None = None, device: str = "cpu") -> RotatedModel:
+    """`source` under `rotation` as packages of `format` have it: what runs online R3 or R4 can run a tied head's
+    `head_mix` too, and an ONNX graph always can."""
+    return RotatedModel(source, rotation, device, keep_tied=rotation.is_online or format == "onnx")
 
 
 class RotatedModel:

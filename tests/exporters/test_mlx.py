@@ -18,7 +18,7 @@ import pytest
 from optrot_edge import pipeline
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
-from optrot_edge.exporters import mlx_plan
+from optrot_edge.exporters import folder_package
 from optrot_edge.exporters.mlx import export_mlx
 from optrot_edge.models.family import get_family
 from optrot_edge.runtime.mlx import MlxBackend
@@ -101,7 +101,7 @@ def test_modules_of_other_grids_are_listed(checkpoint, tmp_path):
 
 def test_shards_and_their_index(checkpoint, tmp_path, monkeypatch):
     pipeline.export(checkpoint, tmp_path / "whole")
-    monkeypatch.setattr(mlx_plan, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(folder_package, "SHARD_BYTES", 40_000)
     pipeline.export(checkpoint, tmp_path / "package")
     files = sorted(path.name for path in (tmp_path / "package").glob("*.safetensors"))
     index = json.loads((tmp_path / "package/model.safetensors.index.json").read_text())
@@ -162,11 +162,11 @@ def test_the_package_is_evaluated_in_mlx(model, tmp_path):
     (["--group-size", "64"], "rows of 96 weights do not divide into mlx-4bit-g64-f32's groups of 64"),
     (["--dtype", "float64"], "--dtype float64: use float16, bfloat16, float32"),
     (["--type", "q4_0"], "q4_0: MLX stores 2bit"),
-    (["--head-type", "bf16"], "bf16: an MLX package has one dtype, here float32"),
+    (["--head-type", "bf16"], "bf16: MLX packages have one dtype, here float32"),
     (["--bits", "4", "--target-bpw", "5"], "--bits says what --type, --target-bpw"),
     (["--vocab-from", "x.gguf"], "--vocab-from is for GGUF"),
-    (["--format", "tflite"], "--format tflite: use gguf or mlx"),
-    (["--format", "gguf", "--bits", "4"], "--bits, --group-size and --dtype are for --format mlx"),
+    (["--format", "tflite"], "--format tflite: use gguf, mlx, onnx or gptq"),
+    (["--format", "gguf", "--bits", "4"], "--bits, --group-size and --dtype are for --format mlx, onnx and gptq"),
 ])
 def test_bad_input_is_refused(options, says, model, tmp_path, capfd):
     refused(capfd, "export", model("llama"), "--format", "mlx", "--out", tmp_path / "package", *options, says=says)
@@ -209,14 +209,12 @@ def test_nothing_is_left_of_a_failure(checkpoint, tmp_path):
 
 
 def test_damage_is_seen_when_read_back(checkpoint, tmp_path, monkeypatch):
-    from optrot_edge.exporters import mlx
-
     def damaged(path, entries, arrays, metadata):
         arrays = [(name, array ^ 1 if name == "lm_head.weight" else array) for name, array in arrays]
         write(path, entries, arrays, metadata)
 
-    write = mlx.write_safetensors
-    monkeypatch.setattr(mlx, "write_safetensors", damaged)
+    write = folder_package.write_safetensors
+    monkeypatch.setattr(folder_package, "write_safetensors", damaged)
     with pytest.raises(RuntimeError, match="lm_head read back differently"):
         export_mlx(QuantizedCheckpoint(checkpoint), tmp_path / "package")
     assert left(tmp_path) == ["c"]

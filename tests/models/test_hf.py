@@ -115,12 +115,15 @@ def test_memory_stays_at_one_layer(tmp_path):
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_tokenizer_files_are_copied(copy, tmp_path, kind):
-    folder = save_tiny_tokenizer(copy(), kind)
-    files = open_model(folder).save_tokenizer(tmp_path / "out")
-    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-    assert {path.name for path in files} == names == {path.name for path in (tmp_path / "out").iterdir()}
-    for path in files:
-        assert path.read_bytes() == (folder / path.name).read_bytes()
+    folder, out = save_tiny_tokenizer(copy(), kind), tmp_path / "out"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    files = [path.relative_to(out).as_posix() for path in open_model(folder).save_tokenizer(out)]
+    assert set(files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+                          "additional_chat_templates/tool_use.jinja"}
+    assert sorted(files) == sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    for name in files:
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="tokenizer"):
         open_model(folder).save_tokenizer(tmp_path / "file")

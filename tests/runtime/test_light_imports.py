@@ -33,8 +33,10 @@ def test_modules_import_with_numpy_alone():
     assert "evaluate" in names
     code = "import importlib\n" + "\n".join(
         f"importlib.import_module('optrot_edge.runtime.{name}')" for name in names if name != "__init__")
-    code += "\nprint({'torch', 'transformers', 'llama_cpp', 'gguf', 'mlx', 'mlx_lm'} & set(sys.modules) or 'light')"
-    assert run(code, *HEAVY, "llama_cpp", "gguf", "mlx", "mlx_lm", "onnxruntime", "typer", "rich").strip() == "light"
+    code += ("\nprint({'torch', 'transformers', 'llama_cpp', 'gguf', 'mlx', 'mlx_lm', 'onnx', 'onnxruntime'}"
+             " & set(sys.modules) or 'light')")
+    assert run(code, *HEAVY, "llama_cpp", "gguf", "mlx", "mlx_lm", "onnx", "onnxruntime", "onnxruntime_genai", "typer",
+               "rich").strip() == "light"
 
 
 def test_runtime_imports_no_mlx_where_it_is_installed(mlx):
@@ -65,6 +67,27 @@ print(report["kl_is_lower_bound"], 0 < report["kl_estimate"] < 0.01, "torch" in 
     assert run(code, "torch", "llama_cpp", "triton").split() == ["True", "True", "False"]
 
 
+def test_onnx_package_evaluates_without_torch(genai, tmp_path):
+    """On onnx, onnxruntime and tokenizers; without onnxruntime-genai only the speed is lost. Inspecting needs onnx."""
+    source, folder = genai("llama", "int4")
+    path = tmp_path / "ref.json"
+    write_reference_file(source, path, text=TEXT, windows=2, window=48)
+    code = f"""
+import warnings
+from optrot_edge.inspect import inspect_path
+from optrot_edge.runtime.evaluate import evaluate_package
+print(inspect_path({str(folder)!r})["kind"], "onnxruntime" in sys.modules)
+with warnings.catch_warnings(record=True) as caught:
+    report = evaluate_package({str(folder)!r}, reference={str(path)!r})
+said = [str(warning.message) for warning in caught]
+print(0 < report["kl_estimate"] < 1, report["decode_tokens_per_s"] is None, *said)
+"""
+    heavy = [name for name in HEAVY if name != "tokenizers"]
+    assert run(code, *heavy).split() == ["ONNX", "package", "False", "True", "False"]
+    out = run(code, *heavy, "onnxruntime_genai", "llama_cpp", "mlx")
+    assert "True True no speed" in out and 'pip install "optrot-edge[onnx]"' in out
+
+
 @pytest.mark.slow
 def test_reference_file_evaluates_without_torch(tiny, noisy, tmp_path):
     path = tmp_path / "ref.json"
@@ -84,15 +107,19 @@ print(report["reference_runtime"].startswith("llama.cpp"), "torch" in sys.module
     ("TorchBackend({path!r})", "torch", "learn"),
     ("MlxBackend({mlx!r})", "mlx", "mlx"),
     ("MlxBackend({mlx!r})", "mlx_lm", "mlx"),
+    ("OnnxBackend({onnx!r})", "onnxruntime", "onnx"),
+    ("OnnxBackend({onnx!r})", "onnx", "onnx"),
+    ("OnnxBackend({onnx!r}).generate([1], 1)", "onnxruntime_genai", "onnx"),
 ])
-def test_a_missing_runtime_names_its_extra(tiny, mlx, code, blocked, extra):
+def test_a_missing_runtime_names_its_extra(tiny, mlx, genai, code, blocked, extra):
     code = f"""
 from optrot_edge.errors import InputError
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from optrot_edge.runtime.mlx import MlxBackend
+from optrot_edge.runtime.onnx import OnnxBackend
 from optrot_edge.runtime.torch_reference import TorchBackend
 try:
-    {code.format(path=str(tiny), mlx=str(mlx("llama")[1]))}
+    {code.format(path=str(tiny), mlx=str(mlx("llama")[1]), onnx=str(genai("llama")[1]))}
 except InputError as error:
     print(error)
 """
@@ -106,6 +133,7 @@ def test_doctor_rows():
     assert rows["llama-cpp-python"]["usable"] and rows["torch"]["usable"] and rows["cpu"]["usable"]
     assert rows["llama-cpp-python"]["kind"] == "runtime"
     assert not rows["llama-cpp-python"]["install"]
+    assert rows["onnxruntime's providers"]["detail"].endswith("CPUExecutionProvider")
     assert rows["mlx"]["usable"] and rows["mlx-lm"]["usable"] and rows["mlx-lm"]["kind"] == "runtime"
     out = run("from optrot_edge.runtime.doctor import doctor\n"
               "print([r for r in doctor() if r['name'] == 'mlx-lm'], 'mlx' in sys.modules)", "mlx_lm")

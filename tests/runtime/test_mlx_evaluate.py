@@ -111,3 +111,7 @@ def test_model_files_are_run_when_told_to(mlx, copied):
             evaluate_package(package, reference=reference, **SHORT)
     report = evaluate_package(custom, reference=custom, trust_remote_code=True, speed=False, **SHORT)
     assert report["kl_max"] == 0
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        write_reference_file(custom, custom / "r.json", **SHORT)
+    write_reference_file(custom, custom / "r.json", trust_remote_code=True, **SHORT)
+    assert evaluate_package(folder, reference=custom / "r.json", speed=False)["kl_mean"] == pytest.approx(0, abs=1e-6)
