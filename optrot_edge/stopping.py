@@ -13,16 +13,32 @@ _unfinished: dict[str, Path] = {}
 
 @contextlib.contextmanager
 def stoppable(checkpoint: Path):
-    """Around the making of `checkpoint`, in the main thread: remembers what a stop leaves of it."""
+    """Around the making of `checkpoint`, in the main thread: remembers what a stop leaves of it.
+
+    A signal that comes while torch's C++ asks something of Python may come out as another exception; it ends in
+    KeyboardInterrupt all the same.
+    """
+    stopped = False
+
     def stop(*_):
+        nonlocal stopped
+        stopped = True
         raise KeyboardInterrupt
 
     _unfinished.clear()
-    former = signal.signal(signal.SIGTERM, stop)
+    heard = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody else's, or ignored
+        heard.append(signal.SIGINT)
+    former = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
+    except Exception as error:
+        if stopped:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
         work = checkpoint.absolute()
         work = work.with_name(work.name + ".partial")
         if (work / JOURNAL).is_file():
