@@ -46,20 +46,43 @@ class PlannedTensor:
 
 
 @dataclass
-class FolderPlan(ABC):
-    """A package before any byte: config.json, the dtype of its floats, the tensors in file order, remarks (`notes`).
-
-    A format's own: the names and shapes of a quantised matrix's arrays, packing them, and comparing them.
-    """
+class PackagePlan(ABC):
+    """A package before any byte: config.json, the dtype of its floats, the tensors, remarks (`notes`)."""
 
     config: dict
     dtype: str
     tensors: list[PlannedTensor]
     notes: list[str] = field(default_factory=list)
 
-    metadata: ClassVar[dict[str, str]] = {"format": "pt"}  # of every safetensors file
     too_large: ClassVar[str]  # what to do about weights beyond the range of `dtype`
 
+    @abstractmethod
+    def size_of(self, tensor: PlannedTensor) -> int:
+        """Bytes of a tensor in the package."""
+
+    @property
+    def weights(self) -> int:
+        """Number of the model's weights."""
+        return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(self.size_of, self.tensors))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensors over all weights."""
+        return 8 * self.nbytes / self.weights
+
+
+class FolderPlan(PackagePlan):
+    """A package of safetensors, its tensors in file order.
+
+    A format's own: the names and shapes of a quantised matrix's arrays, packing them, and comparing them.
+    """
+
+    metadata: ClassVar[dict[str, str]] = {"format": "pt"}  # of every safetensors file
     @abstractmethod
     def packed_entries(self, shape: tuple[int, ...], spec: GridSpec) -> dict[str, Entry]:
         """A quantised matrix's arrays by the suffix of their names."""
@@ -83,24 +106,9 @@ class FolderPlan(ABC):
         return {f"{tensor.module}.{part}": entry
                 for part, entry in self.packed_entries(tensor.shape, tensor.spec).items()}
 
-    @property
-    def weights(self) -> int:
-        """Number of the model's weights."""
-        return sum(prod(tensor.shape) for tensor in self.tensors)
-
     def size_of(self, tensor: PlannedTensor) -> int:
         """Bytes of a tensor in the package."""
         return sum(entry.nbytes for entry in self.entries(tensor).values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(map(self.size_of, self.tensors))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all tensors over all weights."""
-        return 8 * self.nbytes / self.weights
 
     def shards(self) -> dict[str, list[PlannedTensor]]:
         """Tensors by file name; a file holds at most SHARD_BYTES, or one tensor."""
@@ -124,6 +132,17 @@ def planned_tensors(family: Family, shapes: dict[str, tuple[int, ...]],
         module, _, kind = (name if name == HEAD_MIX else family.hf_name(name)).rpartition(".")
         tensors.append(PlannedTensor(name, module, kind, shape, specs[name]))
     return sorted(tensors, key=lambda tensor: not tensor.source.startswith("layers."))  # makes a smaller header
+
+
+def package_dtype(checkpoint: QuantizedCheckpoint, specs: dict[str, GridSpec | None], format: str,
+                  default: str) -> str:
+    """The one dtype of all scales, or what the recipe says where nothing is quantised."""
+    found = {spec.scale_dtype for spec in specs.values() if spec is not None}
+    if len(found) > 1:
+        raise InputError(f"{checkpoint.path} holds scales of {' and '.join(sorted(found))}; {format.upper()} packages "
+                         f"have one dtype: quantise again with --format {format} and --dtype")
+    recipe = checkpoint.manifest.get("recipe") or {}
+    return found.pop() if found else recipe.get("dtype") or default
 
 
 def provenance(manifest: dict, config: ModelConfig, format: str) -> dict:
@@ -196,7 +215,7 @@ def write_package(plan: FolderPlan, checkpoint: QuantizedCheckpoint, out: Path, 
     return summary(plan, out, make_folder(out, plan.nbytes, fill))
 
 
-def summary(plan, out: Path, size: int) -> dict:
+def summary(plan: PackagePlan, out: Path, size: int) -> dict:
     """What exporters return of a package of `size` bytes."""
     return {"path": str(out), "bytes": size, "weights": plan.weights, "bits_per_weight": plan.bits_per_weight,
             "tensors": len(plan.tensors), "dtype": plan.dtype, "notes": plan.notes}
@@ -228,20 +247,29 @@ def _write_json(path: Path, data: dict) -> None:
     path.write_text(json.dumps(data, indent=4, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _arrays(planned: PlannedTensor, checkpoint: QuantizedCheckpoint, plan: FolderPlan) -> dict[str, np.ndarray]:
-    """The package's arrays of a tensor, by name; InputError when the checkpoint's is damaged."""
+def load_checked(planned: PlannedTensor, checkpoint: QuantizedCheckpoint,
+                 plan: PackagePlan) -> QuantizedTensor | np.ndarray:
+    """A checkpoint's tensor, floats as the package stores them; InputError when it is damaged or out of range."""
     tensor = checkpoint.get(planned.source)
     if isinstance(tensor, QuantizedTensor):
         if tensor.spec != planned.spec or tensor.codes.shape != planned.shape:
             raise InputError(f"{planned.source} is {tensor.spec.name} {list(tensor.codes.shape)} instead of "
                              f"{planned.spec and planned.spec.name} {list(planned.shape)}; the checkpoint is damaged")
-        return {f"{planned.module}.{part}": array for part, array in plan.pack(tensor, planned.source).items()}
+        return tensor
     if tensor.shape != planned.shape or not np.isfinite(tensor).all():
         raise InputError(f"{planned.source}: wrong shape, NaN or infinity; the checkpoint is damaged")
     stored = _as_stored(tensor, plan.dtype)
     if plan.dtype == "float16" and not np.isfinite(stored).all():
         raise InputError(f"{planned.source} has weights beyond float16's range; {plan.too_large}")
-    return {f"{planned.module}.{planned.kind}": stored}
+    return stored
+
+
+def _arrays(planned: PlannedTensor, checkpoint: QuantizedCheckpoint, plan: FolderPlan) -> dict[str, np.ndarray]:
+    """The package's arrays of a tensor, by name; InputError when the checkpoint's is damaged."""
+    tensor = load_checked(planned, checkpoint, plan)
+    if isinstance(tensor, QuantizedTensor):
+        return {f"{planned.module}.{part}": array for part, array in plan.pack(tensor, planned.source).items()}
+    return {f"{planned.module}.{planned.kind}": tensor}
 
 
 def _as_stored(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -14,12 +14,19 @@ from math import prod
 from optrot_edge.checkpoint import QuantizedCheckpoint, same_bits
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.expected_tensors import expected_tensors
-from optrot_edge.exporters.folder_package import ENTRY_DTYPES, FolderPlan, PlannedTensor, planned_tensors, provenance
+from optrot_edge.exporters.folder_package import (
+    ENTRY_DTYPES,
+    FolderPlan,
+    PlannedTensor,
+    package_dtype,
+    planned_tensors,
+    provenance,
+)
 from optrot_edge.exporters.hf_config import hf_config
 from optrot_edge.exporters.mlx_blocks import check_grid, pack, unpack
 from optrot_edge.exporters.model_card import model_card
 from optrot_edge.exporters.safetensors_file import Entry
-from optrot_edge.gridspec import GridSpec, grid_spec
+from optrot_edge.gridspec import grid_spec
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import Family
 
@@ -64,22 +71,12 @@ def plan_mlx(checkpoint: QuantizedCheckpoint) -> Plan:
     for name, spec in specs.items():
         if spec is not None:
             check_grid(spec, name)
-    dtype = _dtype(checkpoint, specs)
+    dtype = package_dtype(checkpoint, specs, "mlx", "float16")
     tensors, notes = planned_tensors(family, shapes, specs), checkpoint.manifest.get("notes")
     plan = Plan({}, dtype, tensors, list(notes) if isinstance(notes, list) else [])
     plan.config = (model_config(family, config, plan.notes) | {"torch_dtype": dtype} | _quantization(tensors)
                    | _about(checkpoint.manifest, config))
     return plan
-
-
-def _dtype(checkpoint: QuantizedCheckpoint, specs: dict[str, GridSpec | None]) -> str:
-    """The one dtype of all scales, or what the recipe says where nothing is quantised."""
-    found = {spec.scale_dtype for spec in specs.values() if spec is not None}
-    if len(found) > 1:
-        raise InputError(f"{checkpoint.path} holds scales of {' and '.join(sorted(found))}; an MLX package has one "
-                         "dtype: quantise again with --format mlx and --dtype")
-    recipe = checkpoint.manifest.get("recipe") or {}
-    return found.pop() if found else recipe.get("dtype") or "float16"
 
 
 def _quantization(tensors: list[PlannedTensor]) -> dict:

@@ -10,12 +10,20 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, same_bits
-from optrot_edge.exporters.folder_package import Progress, check_place, make_folder, summary
+from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor, same_bits
+from optrot_edge.exporters.folder_package import (
+    PlannedTensor,
+    Progress,
+    check_place,
+    load_checked,
+    make_folder,
+    summary,
+)
 from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
 from optrot_edge.exporters.model_card import onnx_card
 from optrot_edge.exporters.onnx_graph import arrays, write_graph
-from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor, plan_onnx
+from optrot_edge.exporters.onnx_modules import Load
+from optrot_edge.exporters.onnx_plan import Plan, plan_onnx
 
 
 def export_onnx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: bool = False,
@@ -35,14 +43,17 @@ def export_onnx(checkpoint: QuantizedCheckpoint, out: str | Path, *, overwrite: 
     plan = plan_onnx(checkpoint, execution_provider=execution_provider, accuracy_level=accuracy_level)
     report = progress or (lambda done, total, what: None)
 
+    def load(tensor: PlannedTensor) -> QuantizedTensor | np.ndarray:
+        return load_checked(tensor, checkpoint, plan)
+
     def fill(folder: Path) -> None:
-        _write(plan, checkpoint, folder, report)
-        _verify(plan, checkpoint, folder, report)
+        _write(plan, checkpoint, load, folder, report)
+        _verify(plan, load, folder, report)
 
     return summary(plan, out, make_folder(out, plan.nbytes, fill))
 
 
-def _write(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Progress) -> None:
+def _write(plan: Plan, checkpoint: QuantizedCheckpoint, load: Load, folder: Path, report: Progress) -> None:
     done = 0
 
     def progress(count: int, name: str) -> None:
@@ -53,7 +64,7 @@ def _write(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Pr
     (folder / "config.json").write_text(json.dumps(plan.config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     write_hf_tokenizer(checkpoint.path / "tokenizer", folder, plan.model)
     _embed_template(folder)
-    write_graph(plan, checkpoint.get, folder, progress)
+    write_graph(plan, load, folder, progress)
     card = onnx_card(plan.config, checkpoint.manifest, plan.bits_per_weight)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -66,7 +77,7 @@ def _embed_template(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _verify(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: Progress) -> None:
+def _verify(plan: Plan, load: Load, folder: Path, report: Progress) -> None:
     """RuntimeError unless onnx accepts the graph and every tensor reads back as it is in the checkpoint, to the bit."""
     path, done = folder / plan.filename, plan.nbytes
     check_graph(path)
@@ -78,20 +89,19 @@ def _verify(plan: Plan, checkpoint: QuantizedCheckpoint, folder: Path, report: P
             about = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             for name in node.input:
                 nodes.setdefault(name, []).append(about)
-    for tensor in plan.tensors.values():
-        names = _names(plan, tensor, stored)
-        if not names:
+    for tensor in plan.tensors:
+        names, expected = _names(plan, tensor, stored), arrays(tensor, load)
+        if not names and (tensor.kind != "bias" or expected["weight"].any()):  # the builder leaves zeros out
             raise RuntimeError(f"{path}: {tensor.source} was not written")
-        expected = arrays(tensor, checkpoint.get, plan.dtype)
         for part, name in names.items():
             if not same_bits(_read(stored[name], path.parent), np.ascontiguousarray(expected[part])):
                 raise RuntimeError(f"{path}: {name} read back differently")
         if tensor.spec is not None and not all(
                 about["bits"] == tensor.spec.bits and about["block_size"] == tensor.spec.group_size
                 for about in nodes.get(names["scales"], ())):
-            raise RuntimeError(f"{path}: {tensor.stem} is computed with other bits or blocks")
-        done += tensor.nbytes(plan.dtype)
-        report(done, 2 * plan.nbytes, f"verified {tensor.stem}")
+            raise RuntimeError(f"{path}: {tensor.module} is computed with other bits or blocks")
+        done += plan.size_of(tensor)
+        report(done, 2 * plan.nbytes, f"verified {tensor.module}")
 
 
 def check_graph(path: Path) -> None:
@@ -117,10 +127,10 @@ def check_graph(path: Path) -> None:
 def _names(plan: Plan, tensor: PlannedTensor, stored: dict) -> dict[str, str]:
     """The parts of a tensor in the file, by the names that they have there; {} where one is missing."""
     if tensor.spec is not None:
-        names = {part: f"{tensor.stem}.{part}" for part in tensor.entries(plan.dtype)}
+        names = {part: f"{tensor.module}.{part}" for part in plan.entries(tensor)}
         return names if all(name in stored for name in names.values()) else {}
     if len(tensor.shape) == 2:
-        names = {part: f"{tensor.stem}.{part}" for part in ("weight", "weight_t")}
+        names = {part: f"{tensor.module}.{part}" for part in ("weight", "weight_t")}
         return {part: name for part, name in names.items() if name in stored}
     name = _builders_name(tensor.source, plan.model.num_hidden_layers)
     return {"weight": name} if name in stored else {}

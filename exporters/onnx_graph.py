@@ -20,10 +20,11 @@ import torch
 from onnxruntime_genai.models.builders import LlamaModel, MistralModel, Qwen3Model, QwenModel
 from onnxruntime_genai.models.builders.base import Model
 
+from optrot_edge.exporters.folder_package import PlannedTensor
 from optrot_edge.exporters.onnx_blocks import pack
 from optrot_edge.exporters.onnx_lookup import RowLookup
-from optrot_edge.exporters.onnx_modules import Linear, Weights, describe
-from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor
+from optrot_edge.exporters.onnx_modules import Linear, Load, Weights, describe
+from optrot_edge.exporters.onnx_plan import Plan
 from optrot_edge.exporters.onnx_rotations import OnlineRotations
 from optrot_edge.models.family import HEAD_MIX
 
@@ -33,10 +34,11 @@ _DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 Progress = Callable[[int, str], None]
 
 
-def write_graph(plan: Plan, load: Callable[[str], object], folder: Path, progress: Progress) -> None:
+def write_graph(plan: Plan, load: Load, folder: Path, progress: Progress) -> None:
     """Write the graph, its data and genai_config.json of `plan` into `folder`, which holds the tokenizer already.
 
-    `load` gives a checkpoint's tensor by canonical name; `progress` is told (bytes, name) of each that is written.
+    `load` gives the checkpoint's tensor, floats as they are stored; `progress` is told (bytes, name) of each that is
+    written.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # the builder tells what it does
         graph = _class(plan.model.family)(plan, load, folder, progress)
@@ -53,7 +55,7 @@ def _class(family: str) -> type[Model]:
 class _FrozenCodes(OnlineRotations, RowLookup):
     """What goes before the builder's class of a family."""
 
-    def __init__(self, plan: Plan, load, folder: Path, progress: Progress):
+    def __init__(self, plan: Plan, load: Load, folder: Path, progress: Progress):
         self.plan, self.load, self.progress, self.about = plan, load, progress, describe(plan, folder)
         self.stored: set[str] = set()
         options = {"hf_token": False, "windowed_kv_cache": False, "filename": plan.filename,
@@ -89,28 +91,28 @@ class _FrozenCodes(OnlineRotations, RowLookup):
     def _parts(self, linear: Linear) -> dict[str, str]:
         """Names of a packed matrix's tensors by part, in MatMulNBits' order; they are written once per source."""
         tensor = linear.tensor
-        for part in (entries := tensor.entries(self.plan.dtype)):
-            self._store(f"{tensor.stem}.{part}", tensor, part)
-        return {part: f"{tensor.stem}.{part}" for part in entries}
+        for part in (entries := self.plan.entries(tensor)):
+            self._store(f"{tensor.module}.{part}", tensor, part)
+        return {part: f"{tensor.module}.{part}" for part in entries}
 
     def _store(self, name: str, tensor: PlannedTensor, part: str) -> None:
         if name in self.stored:
             return
         self.stored.add(name)
-        entry = tensor.entries(self.plan.dtype)[part]
+        entry = self.plan.entries(tensor)[part]
 
         def read() -> ir.Tensor:
             self.progress(entry.nbytes, name)
-            return ir.Tensor(np.ascontiguousarray(arrays(tensor, self.load, self.plan.dtype)[part]), name=name)
+            return ir.Tensor(np.ascontiguousarray(arrays(tensor, self.load)[part]), name=name)
 
-        self.make_initializer(ir.LazyTensor(read, dtype=ir.DataType.from_numpy(np.dtype(entry.dtype)),
+        self.make_initializer(ir.LazyTensor(read, dtype=ir.DataType.from_numpy(entry.numpy_dtype),
                                             shape=ir.Shape(entry.shape), name=name), name)
 
     def make_matmul_nbits(self, matmul, basename: str, root_input: str, **kwargs) -> str:
         if matmul.spec is None:
             name, last = basename, matmul.out_features
-            self._store(f"{matmul.tensor.stem}.weight_t", matmul.tensor, "weight_t")
-            inputs, attributes = [root_input, f"{matmul.tensor.stem}.weight_t"], {}
+            self._store(f"{matmul.tensor.module}.weight_t", matmul.tensor, "weight_t")
+            inputs, attributes = [root_input, f"{matmul.tensor.module}.weight_t"], {}
         else:
             name, last, spec = f"{basename}NBits", matmul.out_features, matmul.spec
             inputs = [root_input, *self._parts(matmul).values()]
@@ -134,7 +136,7 @@ class _FrozenCodes(OnlineRotations, RowLookup):
     def make_embedding_lookup(self, embedding: Linear, basename: str, lm_head) -> str:
         spec, ids = embedding.spec, self.input_names["input_ids"]
         if spec is None:
-            data = f"{embedding.tensor.stem}.weight"
+            data = f"{embedding.tensor.module}.weight"
             if self.plan.model.tie_word_embeddings:
                 data = self._transposed(embedding, f"{basename}/Transpose")
             else:
@@ -156,14 +158,14 @@ class _FrozenCodes(OnlineRotations, RowLookup):
 
     def _transposed(self, linear: Linear, name: str) -> str:
         """The float matrix that is stored as MatMul has it, as Gather wants it."""
-        stored = f"{linear.tensor.stem}.weight_t"
+        stored = f"{linear.tensor.module}.weight_t"
         self._store(stored, linear.tensor, "weight_t")
         self.make_transpose(name, stored, self.io_dtype, shape=list(linear.tensor.shape), perm=[1, 0])
         return f"{name}/output_0"
 
     def make_lm_head(self, lm_head) -> None:
-        if HEAD_MIX in self.plan.tensors:
-            mix = Linear(self.plan.tensors[HEAD_MIX])
+        if HEAD_MIX in self.plan.by_name:
+            mix = Linear(self.plan.by_name[HEAD_MIX])
             name = self.make_matmul_nbits(mix, "/lm_head/mix/MatMul", self.layernorm_attrs["output_0"])
             self.layernorm_attrs["output_0"] = f"{name}/output_0"
         super().make_lm_head(lm_head)
@@ -178,12 +180,11 @@ class _FrozenCodes(OnlineRotations, RowLookup):
         ir.save(self.model, path, external_data=self.plan.data_name, size_threshold_bytes=_INLINE)
 
 
-def arrays(tensor: PlannedTensor, load: Callable[[str], object], dtype: str) -> dict[str, np.ndarray]:
-    """The arrays in the file of a matrix, by part."""
-    loaded = load(tensor.source)
+def arrays(tensor: PlannedTensor, load: Load) -> dict[str, np.ndarray]:
+    """The arrays in the file of a tensor, by part."""
+    loaded = load(tensor)
     if tensor.spec is None:
-        stored = loaded.astype(dtype)
-        return {"weight": stored, "weight_t": stored.T}
+        return {"weight": loaded, "weight_t": loaded.T}
     packed = pack(loaded)
     return {"qweight": packed["B"], "scales": packed["scales"]} | (
         {"qzeros": packed["zero_points"]} if "zero_points" in packed else {})

@@ -6,9 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
-from optrot_edge.exporters.onnx_plan import Plan, PlannedTensor
+from optrot_edge.checkpoint import QuantizedTensor
+from optrot_edge.exporters.folder_package import PlannedTensor
+from optrot_edge.exporters.onnx_plan import Plan
+
+Load = Callable[[PlannedTensor], QuantizedTensor | np.ndarray]
 
 
 class Linear:
@@ -42,21 +47,19 @@ class _DecoderLayer:
 class Weights:
     """What the builder walks over."""
 
-    def __init__(self, plan: Plan, load: Callable[[str], object]):
+    def __init__(self, plan: Plan, load: Load):
         self.plan, self.load = plan, load
-        self.embedding = SimpleNamespace(weight=Linear(plan.tensors["embed_tokens.weight"]))
+        self.embedding = SimpleNamespace(weight=Linear(plan.by_name["embed_tokens.weight"]))
         self.final_norm = self._get("norm")
-        self.lm_head = Linear(plan.tensors[plan.head])
+        self.lm_head = Linear(plan.by_name[plan.head])
 
     def _get(self, stem: str):
-        name = f"{stem}.weight"
-        if name not in self.plan.tensors:
+        tensor, bias = (self.plan.by_name.get(f"{stem}.{kind}") for kind in ("weight", "bias"))
+        if tensor is None:
             return None
-        tensor = self.plan.tensors[name]
         if len(tensor.shape) == 1:
-            return _Gain(torch.from_numpy(self.load(name)))
-        bias = f"{stem}.bias"
-        return Linear(tensor, torch.from_numpy(self.load(bias)) if bias in self.plan.tensors else None)
+            return _Gain(torch.from_numpy(self.load(tensor)))
+        return Linear(tensor, None if bias is None else torch.from_numpy(self.load(bias)))
 
     def modules(self):
         """Embedding, layers, final norm, head."""

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-
-import numpy as np
 
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.expected_tensors import expected_tensors
-from optrot_edge.exporters.folder_package import provenance
+from optrot_edge.exporters.folder_package import (
+    ENTRY_DTYPES,
+    PackagePlan,
+    PlannedTensor,
+    package_dtype,
+    planned_tensors,
+    provenance,
+)
 from optrot_edge.exporters.hf_config import hf_config
 from optrot_edge.exporters.onnx_blocks import check_grid
-from optrot_edge.gridspec import GridSpec, grid_spec
+from optrot_edge.exporters.safetensors_file import Entry
+from optrot_edge.gridspec import grid_spec
 from optrot_edge.models.config import ModelConfig
-from optrot_edge.models.family import HEAD_MIX, Family
+from optrot_edge.models.family import Family
 
 FLOATS = {"cpu": ("float32",), "cuda": ("float16",), "dml": ("float16",), "webgpu": ("float16", "float32")}
 """What each execution provider's fused attention computes in, its usual first (onnxruntime-genai's builder)."""
@@ -30,60 +37,48 @@ _TRANSFORMERS_JS = {(4, "float32"): ("model_q4", "q4"), (4, "float16"): ("model_
                     (None, "float32"): ("model", "fp32"), (None, "float16"): ("model_fp16", "fp16")}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor's numpy dtype and shape in the file."""
+@dataclass(kw_only=True)
+class Plan(PackagePlan):
+    """An ONNX package, for a family's `model`; `name` is the graph's."""
 
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the checkpoint (`source`); `stem` is its Hugging Face name without ".weight", `spec` its grid or
-    None for floats."""
-
-    source: str
-    stem: str
-    shape: tuple[int, ...]
-    spec: GridSpec | None
-
-    def entries(self, dtype: str) -> dict[str, Entry]:
-        """What the file may hold of it, by part; of a float matrix "weight" [out, in] or "weight_t" [in, out]."""
-        if self.spec is None:
-            return {"weight": Entry(dtype, self.shape), "weight_t": Entry(dtype, self.shape[::-1])}
-        (rows, columns), bits = self.shape, self.spec.bits
-        blocks = columns // self.spec.group_size
-        found = {"qweight": Entry("uint8", (rows, blocks, self.spec.group_size * bits // 8)),
-                 "scales": Entry(dtype, (rows, blocks))}
-        return found | ({"qzeros": Entry("uint8", (rows, -(-blocks * bits // 8)))} if self.spec.kind == "zero" else {})
-
-    def nbytes(self, dtype: str) -> int:
-        """Bytes in the file."""
-        entries = self.entries(dtype)
-        return entries["weight"].nbytes if self.spec is None else sum(entry.nbytes for entry in entries.values())
-
-
-@dataclass
-class Plan:
-    """Everything but the tensors' data, which `tensors` names by their canonical names; `config` is config.json."""
+    too_large = "choose --dtype float32, with --execution-provider cpu or webgpu"
 
     family: Family
     model: ModelConfig
-    tensors: dict[str, PlannedTensor]
-    dtype: str
     execution_provider: str
     accuracy_level: int
-    r3_block: int | None
-    r4_block: int | None
     name: str
-    config: dict
-    notes: list[str]
+
+    def entries(self, tensor: PlannedTensor) -> dict[str, Entry]:
+        """What the file may hold of a tensor, by part; of a float matrix "weight" [out, in] or "weight_t" [in, out]."""
+        floats = ENTRY_DTYPES[self.dtype]
+        if tensor.spec is None:
+            return {"weight": Entry(floats, tensor.shape), "weight_t": Entry(floats, tensor.shape[::-1])}
+        (rows, columns), bits = tensor.shape, tensor.spec.bits
+        blocks = columns // tensor.spec.group_size
+        found = {"qweight": Entry("U8", (rows, blocks, tensor.spec.group_size * bits // 8)),
+                 "scales": Entry(floats, (rows, blocks))}
+        return found | ({"qzeros": Entry("U8", (rows, -(-blocks * bits // 8)))} if tensor.spec.kind == "zero" else {})
+
+    def size_of(self, tensor: PlannedTensor) -> int:
+        """Bytes of a tensor in the package."""
+        entries = self.entries(tensor)
+        return entries["weight"].nbytes if tensor.spec is None else sum(entry.nbytes for entry in entries.values())
+
+    @cached_property
+    def by_name(self) -> dict[str, PlannedTensor]:
+        """The tensors by their canonical names."""
+        return {tensor.source: tensor for tensor in self.tensors}
+
+    @property
+    def r3_block(self) -> int | None:
+        """Block of R3, None without."""
+        return self.config["optrot"]["r3_block"]
+
+    @property
+    def r4_block(self) -> int | None:
+        """Block of R4, None without."""
+        return self.config["optrot"]["r4_block"]
 
     @property
     def filename(self) -> str:
@@ -99,21 +94,6 @@ class Plan:
     def head(self) -> str:
         """Canonical name of the head's matrix."""
         return "embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight"
-
-    @property
-    def weights(self) -> int:
-        """Number of the model's weights."""
-        return sum(prod(tensor.shape) for tensor in self.tensors.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the model's tensors."""
-        return sum(tensor.nbytes(self.dtype) for tensor in self.tensors.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all tensors over all weights."""
-        return 8 * self.nbytes / self.weights
 
 
 def usual_dtype(execution_provider: str) -> str:
@@ -142,39 +122,24 @@ def plan_onnx(checkpoint: QuantizedCheckpoint, *, execution_provider: str = "cpu
     """
     family, config, shapes = expected_tensors(checkpoint)
     stored = checkpoint.manifest["tensors"]
-    tensors = {}
-    for name, shape in shapes.items():
-        spec = grid_spec(stored[name]["grid"]) if "grid" in stored[name] else None
+    specs = {name: grid_spec(stored[name]["grid"]) if "grid" in stored[name] else None for name in shapes}
+    for name, spec in specs.items():
         if spec is not None:
             check_grid(spec, name)
-        stem = (name if name == HEAD_MIX else family.hf_name(name)).removesuffix(".weight")
-        tensors[name] = PlannedTensor(name, stem, shape, spec)
-    dtype, notes = _dtype(checkpoint, tensors), list(checkpoint.manifest.get("notes") or [])
+    dtype = package_dtype(checkpoint, specs, "onnx", "float32")
     check_target(execution_provider, accuracy_level, dtype)
-    rotation = checkpoint.manifest.get("rotation") or {}
     sizes: Counter = Counter()
-    for tensor in tensors.values():
-        if tensor.spec is not None:
-            sizes[tensor.spec.bits] += prod(tensor.shape)
+    for name, spec in specs.items():
+        if spec is not None:
+            sizes[spec.bits] += prod(shapes[name])
     bits = sizes.most_common(1)[0][0] if sizes else None
     name, js_dtype = _TRANSFORMERS_JS.get((bits, dtype), ("model_quantized", "q8"))
     about = provenance(checkpoint.manifest, config, "onnx")
     about |= {"accuracy_level": accuracy_level, "execution_provider": execution_provider}
-    embedding = tensors["embed_tokens.weight"].spec
-    if embedding is not None:  # its rows may be decoded by operators that do not tell
+    if (embedding := specs["embed_tokens.weight"]) is not None:  # operators that decode its rows do not tell
         about["embedding"] = {"bits": embedding.bits, "group_size": embedding.group_size}
-    about_js = {"dtype": js_dtype, "use_external_data_format": {f"{name}.onnx": 1},
-                "kv_cache_dtype": {js_dtype: dtype}}
+    about_js = {"dtype": js_dtype, "use_external_data_format": {f"{name}.onnx": 1}}
     shape = hf_config(family, config) | {"torch_dtype": dtype, "transformers.js_config": about_js, "optrot": about}
-    return Plan(family, config, tensors, dtype, execution_provider, accuracy_level, rotation.get("r3_block"),
-                rotation.get("r4_block"), name, shape, notes)
-
-
-def _dtype(checkpoint: QuantizedCheckpoint, tensors: dict[str, PlannedTensor]) -> str:
-    """The one dtype of all scales, or what the recipe says where nothing is quantised."""
-    found = {tensor.spec.scale_dtype for tensor in tensors.values() if tensor.spec is not None}
-    if len(found) > 1:
-        raise InputError(f"{checkpoint.path} holds scales of {' and '.join(sorted(found))}; an ONNX package has one "
-                         "dtype: quantise again with --format onnx")
-    recipe = checkpoint.manifest.get("recipe") or {}
-    return found.pop() if found else recipe.get("dtype") or "float32"
+    return Plan(config=shape, dtype=dtype, tensors=planned_tensors(family, shapes, specs),
+                notes=list(checkpoint.manifest.get("notes") or []), family=family, model=config,
+                execution_provider=execution_provider, accuracy_level=accuracy_level, name=name)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "I32": "<i4"}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "|u1", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,14 @@ class Entry:
     shape: tuple[int, ...]
 
     @property
+    def numpy_dtype(self) -> np.dtype:
+        """numpy's dtype of the array, bfloat16 as its bits."""
+        return np.dtype(_NUMPY[self.dtype])
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return prod(self.shape) * np.dtype(_NUMPY[self.dtype]).itemsize
+        return prod(self.shape) * self.numpy_dtype.itemsize
 
 
 def write_safetensors(path: Path, entries: dict[str, Entry], arrays: Iterable[tuple[str, np.ndarray]],
@@ -47,7 +52,7 @@ def write_safetensors(path: Path, entries: dict[str, Entry], arrays: Iterable[tu
     with open(path, "wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for (name, entry), (given, array) in zip(entries.items(), arrays, strict=True):
-            if given != name or array.shape != entry.shape or array.dtype != np.dtype(_NUMPY[entry.dtype]):
+            if given != name or array.shape != entry.shape or array.dtype != entry.numpy_dtype:
                 raise RuntimeError(f"{path}: {given} is {array.dtype} {list(array.shape)} where {name} was announced "
                                    f"as {entry.dtype} {list(entry.shape)}")
             handle.write(np.ascontiguousarray(array).data)

@@ -102,15 +102,35 @@ class GgufFormat:
                            progress=_bar(progress))
 
 
-class MlxFormat:
-    """A folder for mlx-lm. Methods as GgufFormat's."""
+class FolderFormat:
+    """What formats have in common whose packages are folders. Methods as GgufFormat's."""
 
-    @staticmethod
-    def prepare(out: Path, overwrite: bool) -> None:
+    name: str
+
+    @classmethod
+    def prepare(cls, out: Path, overwrite: bool) -> None:
         """InputError when `out` is taken."""
         from optrot_edge.exporters.folder_package import check_place
 
-        check_place(out, overwrite, "mlx")
+        check_place(out, overwrite, cls.name)
+
+    @staticmethod
+    def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
+        """The Recipe for an open model."""
+        return Recipe(**fields)
+
+
+class MlxFormat(FolderFormat):
+    """A folder for mlx-lm."""
+
+    name = "mlx"
+
+    @staticmethod
+    def plan(checkpoint: QuantizedCheckpoint, options: PackageOptions):
+        """The exporter's plan of an open checkpoint."""
+        from optrot_edge.exporters.mlx_plan import plan_mlx
+
+        return plan_mlx(checkpoint)
 
     @staticmethod
     def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
@@ -141,15 +161,17 @@ class MlxFormat:
         return export_mlx(checkpoint, out, overwrite=overwrite, progress=_bar(progress))
 
 
-class OnnxFormat:
-    """A folder for onnxruntime, onnxruntime-genai and transformers.js. Methods as GgufFormat's."""
+class OnnxFormat(FolderFormat):
+    """A folder for onnxruntime, onnxruntime-genai and transformers.js."""
+
+    name = "onnx"
 
     @staticmethod
-    def prepare(out: Path, overwrite: bool) -> None:
-        """InputError when `out` is taken."""
-        from optrot_edge.exporters.folder_package import check_place
+    def plan(checkpoint: QuantizedCheckpoint, options: PackageOptions):
+        """The exporter's plan of an open checkpoint."""
+        from optrot_edge.exporters.onnx_plan import plan_onnx
 
-        check_place(out, overwrite, "onnx")
+        return plan_onnx(checkpoint, **options.onnx)
 
     @staticmethod
     def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
@@ -187,20 +209,17 @@ class OnnxFormat:
         return export_onnx(checkpoint, out, overwrite=overwrite, progress=_bar(progress), **options.onnx)
 
 
-class GptqFormat:
-    """A folder for GPTQModel, transformers, vLLM and onnxruntime-genai's builder. Methods as GgufFormat's."""
+class GptqFormat(FolderFormat):
+    """A folder for GPTQModel, transformers, vLLM and onnxruntime-genai's builder."""
+
+    name = "gptq"
 
     @staticmethod
-    def prepare(out: Path, overwrite: bool) -> None:
-        """InputError when `out` is taken."""
-        from optrot_edge.exporters.folder_package import check_place
+    def plan(checkpoint: QuantizedCheckpoint, options: PackageOptions):
+        """The exporter's plan of an open checkpoint."""
+        from optrot_edge.exporters.gptq_plan import plan_gptq
 
-        check_place(out, overwrite, "gptq")
-
-    @staticmethod
-    def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
-        """The Recipe for an open model."""
-        return Recipe(**fields)
+        return plan_gptq(checkpoint)
 
     @staticmethod
     def refuse(source, recipe: Recipe, options: PackageOptions) -> None:

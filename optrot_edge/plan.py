@@ -273,19 +273,12 @@ def plan_checkpoint(path: str | Path, format: str, options) -> dict:
 
 def _package_tensors(checkpoint: QuantizedCheckpoint, format: str, options) -> tuple[list[tuple], list[str]]:
     """(name in the checkpoint, type, shape, bytes) of every tensor of the package, and remarks."""
-    if format in ("mlx", "gptq"):
-        from optrot_edge.exporters.gptq_plan import plan_gptq
-        from optrot_edge.exporters.mlx_plan import plan_mlx
+    if format != "gguf":
+        from optrot_edge.packages import PACKAGES
 
-        plan = plan_mlx(checkpoint) if format == "mlx" else plan_gptq(checkpoint)
+        plan = PACKAGES[format].plan(checkpoint, options)
         return [(tensor.source, tensor.spec.name if tensor.spec else plan.dtype, tensor.shape, plan.size_of(tensor))
                 for tensor in plan.tensors], plan.notes
-    if format == "onnx":
-        from optrot_edge.exporters.onnx_plan import plan_onnx
-
-        plan = plan_onnx(checkpoint, **options.onnx)
-        return [(tensor.source, tensor.spec.name if tensor.spec else plan.dtype, tensor.shape,
-                 tensor.nbytes(plan.dtype)) for tensor in plan.tensors.values()], plan.notes
     from optrot_edge.exporters.gguf_plan import plan_gguf
 
     plan = plan_gguf(checkpoint, vocab_from=options.vocab_from)

@@ -134,7 +134,7 @@ def package(folder: WorkFolder, out: Path, options: dict, export: Callable[[Path
     """
     new = out.with_name(out.name + ".new")
     made = folder.journal.about(PACKAGE)
-    if made and made["options"] == options and out.exists() and digest(out) == made["sha256"]:
+    if made and made.get("options") == options and out.exists() and digest(out) == made["sha256"]:
         if out.is_dir():
             restore_folder(out)  # deletes what it replaced
         return made["summary"]

@@ -116,9 +116,8 @@ class OnnxBackend(HfBackend):
     def speed(self, prompt_tokens: int = 256, decode_tokens: int = 64, repeats: int = 3) -> dict[str, float | None]:
         """Median tokens per second of onnxruntime-genai for reading a prompt and for writing one token at a time.
 
-        Its loop keeps keys and values in place and was a third faster than one over `onnxruntime.InferenceSession`,
-        with or without IO binding (onnxruntime 1.31.1, genai 0.18.0, six layers of 512, one thread). Where genai
-        cannot run the package, both are None, with a warning.
+        Its loop keeps keys and values in place, as an app's would. Where genai cannot run the package, both are
+        None, with a warning.
         """
         limit = min(self.n_ctx, self.context_length)
         decode_tokens = max(1, min(decode_tokens, limit // 2 - 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from optrot_edge.models.family import get_family
 from optrot_edge.models.forward import logits
 from optrot_edge.models.hf_config import parse_config
 from tests.cli_runner import left, refused, run_ok
+from tests.exporters.folder_checks import nothing_is_left_of_a_failure, only_packages_are_replaced
 from tests.exporters.gguf_models import Decoded
 from tests.exporters.test_gptq_blocks import decode
 from tests.test_pipeline import length_of, original_logits, spread
@@ -219,32 +219,12 @@ def test_what_the_format_lacks_is_refused(options, says, model, tmp_path):
     assert left(tmp_path) == ["c"]
 
 
-def test_only_packages_are_replaced(checkpoint, tmp_path):
-    opened = QuantizedCheckpoint(checkpoint)
-    export_gptq(opened, tmp_path / "package")
-    with pytest.raises(InputError, match="package exists"):
-        export_gptq(opened, tmp_path / "package")
-    (tmp_path / "package/stray").write_text("")
-    export_gptq(opened, tmp_path / "package", overwrite=True)
-    assert not (tmp_path / "package/stray").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text("{}")
-    with pytest.raises(InputError, match="is no GPTQ package"):
-        export_gptq(opened, tmp_path / "other", overwrite=True)
-    assert left(tmp_path) == ["c", "other", "package"] and left(tmp_path / "other") == ["config.json"]
+def test_only_packages_are_replaced(checkpoint, tmp_path, capfd):
+    only_packages_are_replaced(checkpoint, tmp_path, capfd, "gptq")
 
 
 def test_nothing_is_left_of_a_failure(checkpoint, tmp_path):
-    def interrupt(done, total, what):
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_gptq(QuantizedCheckpoint(checkpoint), tmp_path / "package", progress=interrupt)
-    shutil.rmtree(checkpoint / "tokenizer")
-    with pytest.raises(InputError):
-        export_gptq(QuantizedCheckpoint(checkpoint), tmp_path / "package")
-    assert left(tmp_path) == ["c"]
+    nothing_is_left_of_a_failure(checkpoint, tmp_path, export_gptq)
 
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,13 +16,13 @@ import pytest
 
 from optrot_edge import pipeline
 from optrot_edge.checkpoint import QuantizedCheckpoint
-from optrot_edge.errors import InputError
 from optrot_edge.exporters import folder_package
 from optrot_edge.exporters.mlx import export_mlx
 from optrot_edge.models.family import get_family
 from optrot_edge.runtime.mlx import MlxBackend
 from optrot_edge.runtime.torch_reference import TorchBackend
-from tests.cli_runner import child, left, refused, run_ok
+from tests.cli_runner import child, left, refused
+from tests.exporters.folder_checks import nothing_is_left_of_a_failure, only_packages_are_replaced
 from tests.road import write_text
 from tests.test_pipeline import decoded_logits, length_of, original_logits, spread
 from tests.tiny_models import CASES, random_tokens
@@ -184,28 +183,11 @@ def test_gguf_checkpoints_are_refused(model, tmp_path, capfd):
 
 
 def test_only_packages_are_replaced(checkpoint, tmp_path, capfd):
-    run_ok("export", checkpoint, "--out", tmp_path / "package", "-q")
-    refused(capfd, "export", checkpoint, "--out", tmp_path / "package", says="package exists")
-    (tmp_path / "package/stray").write_text("")
-    run_ok("export", checkpoint, "--out", tmp_path / "package", "--overwrite", "-q")
-    assert not (tmp_path / "package/stray").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text("{}")
-    refused(capfd, "export", checkpoint, "--out", tmp_path / "other", "--overwrite", says="is no MLX package")
-    assert left(tmp_path) == ["c", "other", "package"] and left(tmp_path / "other") == ["config.json"]
+    only_packages_are_replaced(checkpoint, tmp_path, capfd, "mlx")
 
 
 def test_nothing_is_left_of_a_failure(checkpoint, tmp_path):
-    def interrupt(done, total, what):
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_mlx(QuantizedCheckpoint(checkpoint), tmp_path / "package", progress=interrupt)
-    shutil.rmtree(checkpoint / "tokenizer")
-    with pytest.raises(InputError):
-        export_mlx(QuantizedCheckpoint(checkpoint), tmp_path / "package")
-    assert left(tmp_path) == ["c"]
+    nothing_is_left_of_a_failure(checkpoint, tmp_path, export_mlx)
 
 
 def test_damage_is_seen_when_read_back(checkpoint, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from optrot_edge import pipeline
 from optrot_edge.checkpoint import QuantizedCheckpoint
@@ -18,7 +18,8 @@ from optrot_edge.errors import InputError
 from optrot_edge.exporters.onnx import check_graph, export_onnx
 from optrot_edge.models.onnx_folder import OnnxFolder
 from optrot_edge.runtime.torch_reference import TorchBackend
-from tests.cli_runner import left, refused, run_ok
+from tests.cli_runner import left, refused
+from tests.exporters.folder_checks import nothing_is_left_of_a_failure, only_packages_are_replaced
 from tests.road import write_text
 from tests.test_pipeline import original_logits, spread
 from tests.tiny_models import CASES, random_tokens
@@ -275,28 +276,37 @@ def test_checkpoints_for_other_formats_are_refused(model, tmp_path, capfd):
 
 
 def test_only_packages_are_replaced(checkpoint, tmp_path, capfd):
-    run_ok("export", checkpoint, "--out", tmp_path / "package", "-q")
-    refused(capfd, "export", checkpoint, "--out", tmp_path / "package", says="package exists")
-    (tmp_path / "package/stray").write_text("")
-    run_ok("export", checkpoint, "--out", tmp_path / "package", "--overwrite", "-q")
-    assert not (tmp_path / "package/stray").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text('{"optrot": {"format": "mlx"}}')
-    refused(capfd, "export", checkpoint, "--out", tmp_path / "other", "--overwrite", says="is no ONNX package")
-    assert left(tmp_path) == ["c", "other", "package"] and left(tmp_path / "other") == ["config.json"]
+    only_packages_are_replaced(checkpoint, tmp_path, capfd, "onnx")
 
 
 def test_nothing_is_left_of_a_failure(checkpoint, tmp_path):
-    def interrupt(done, total, what):
-        if done > total / 2:
-            raise KeyboardInterrupt
+    nothing_is_left_of_a_failure(checkpoint, tmp_path, export_onnx)
 
-    with pytest.raises(KeyboardInterrupt):
-        export_onnx(QuantizedCheckpoint(checkpoint), tmp_path / "package", progress=interrupt)
-    shutil.rmtree(checkpoint / "tokenizer")
-    with pytest.raises(InputError):
-        export_onnx(QuantizedCheckpoint(checkpoint), tmp_path / "package")
-    assert left(tmp_path) == ["c"]
+
+def test_biases_of_zero(model, copied, tmp_path):
+    """The builder draws no node for them; the package is whole all the same."""
+    folder = copied(model("llama_bias"))
+    weights = load_file(folder / "model.safetensors")
+    biases = [name for name in weights if name.endswith("q_proj.bias")]
+    assert biases
+    save_file(weights | {name: np.zeros_like(weights[name]) for name in biases}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    checkpoint = pipeline.quantize(folder, tmp_path / "c", **RTN)
+    pipeline.export(checkpoint, tmp_path / "package")
+    tokens = random_tokens(1, 24)
+    worst, _ = spread(onnx_logits(tmp_path / "package", tokens), torch_logits(checkpoint, tokens))
+    assert worst < 1e-4
+
+
+def test_weights_beyond_half_precision(model, copied, tmp_path):
+    """A gain that float16 cannot hold is refused by name, not stored as infinity."""
+    folder = copied(model("llama"))
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.1.input_layernorm.weight"
+    save_file(weights | {name: weights[name] * np.float32(1e6)}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(InputError, match="layers.1.attn_norm.weight has weights beyond float16's range; choose"):
+        pipeline.export(folder, tmp_path / "package", execution_provider="webgpu", **RTN)
+    assert not (tmp_path / "package").exists()
 
 
 def test_damage_is_seen_when_read_back(checkpoint, tmp_path):
