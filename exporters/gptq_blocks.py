@@ -20,10 +20,8 @@ import numpy as np
 
 from optrot_edge.checkpoint import QuantizedTensor
 from optrot_edge.errors import InputError
-from optrot_edge.gridspec import GridSpec
-
-GPTQ_BITS = (2, 4, 8)
-GPTQ_GROUPS = (16, 32, 64, 128, 256)
+from optrot_edge.exporters.onnx_blocks import from_bytes, to_bytes
+from optrot_edge.gridspec import GPTQ_BITS, GPTQ_GROUPS, GridSpec
 
 
 def check_grid(spec: GridSpec, name: str = "tensor") -> None:
@@ -109,17 +107,9 @@ def _group_of(columns: int, spec: GridSpec) -> np.ndarray:
 
 def _to_words(integers: np.ndarray, spec: GridSpec) -> np.ndarray:
     """int32 [rows, n · bits / 32] of uint8 [rows, n], the first integer in the lowest bits."""
-    if integers.dtype != np.uint8 or integers.max(initial=0) >= spec.levels:
-        raise InputError(f"{spec.name} codes and zero-points must be uint8 below {spec.levels}; "
-                         "the checkpoint is damaged")
-    per_byte = 8 // spec.bits
-    raw = np.bitwise_or.reduce([integers[:, place::per_byte] << np.uint8(place * spec.bits)
-                                for place in range(per_byte)])
-    return np.ascontiguousarray(raw).view("<i4")
+    return np.ascontiguousarray(to_bytes(integers, spec)).view("<i4")
 
 
 def _from_words(words: np.ndarray, spec: GridSpec) -> np.ndarray:
     """Inverse of `_to_words`."""
-    raw = np.ascontiguousarray(words, "<i4").view(np.uint8)
-    fields = [raw >> np.uint8(shift) & np.uint8(spec.levels - 1) for shift in range(0, 8, spec.bits)]
-    return np.stack(fields, axis=-1).reshape(len(raw), -1)
+    return from_bytes(np.ascontiguousarray(words, "<i4").view(np.uint8), spec)

@@ -35,33 +35,34 @@ def pack(tensor: QuantizedTensor) -> dict[str, np.ndarray]:
     blocks = columns // spec.group_size
     if tensor.scales.shape != (rows, blocks) or tensor.scales.dtype != np.dtype(spec.scale_dtype):
         raise InputError(f"{spec.name} needs {spec.scale_dtype} scales {[rows, blocks]}; the checkpoint is damaged")
-    packed = {"B": _to_bytes(tensor.codes, spec).reshape(rows, blocks, -1), "scales": tensor.scales}
+    packed = {"B": to_bytes(tensor.codes, spec).reshape(rows, blocks, -1), "scales": tensor.scales}
     if spec.kind == "zero":
         if tensor.offsets is None or tensor.offsets.shape != (rows, blocks):
             raise InputError(f"{spec.name} needs zero-points {[rows, blocks]}; the checkpoint is damaged")
         padding = -blocks % (8 // spec.bits)
-        packed["zero_points"] = _to_bytes(np.pad(tensor.offsets, ((0, 0), (0, padding))), spec)
+        packed["zero_points"] = to_bytes(np.pad(tensor.offsets, ((0, 0), (0, padding))), spec)
     return packed
 
 
 def unpack(parts: dict[str, np.ndarray], spec: GridSpec) -> QuantizedTensor:
     """Inverse of `pack`."""
     rows, blocks = parts["scales"].shape
-    codes = _from_bytes(parts["B"].reshape(rows, -1), spec)
-    zeros = None if spec.kind != "zero" else np.ascontiguousarray(_from_bytes(parts["zero_points"], spec)[:, :blocks])
+    codes = from_bytes(parts["B"].reshape(rows, -1), spec)
+    zeros = None if spec.kind != "zero" else np.ascontiguousarray(from_bytes(parts["zero_points"], spec)[:, :blocks])
     return QuantizedTensor(spec, codes, parts["scales"], zeros)
 
 
-def _to_bytes(integers: np.ndarray, spec: GridSpec) -> np.ndarray:
+def to_bytes(integers: np.ndarray, spec: GridSpec) -> np.ndarray:
     """uint8 [rows, n · bits / 8] of uint8 [rows, n], the first integer in the lowest bits."""
     if integers.dtype != np.uint8 or integers.max(initial=0) >= spec.levels:
-        raise InputError(f"{spec.name} codes and zero-points must be uint8 below {spec.levels}")
+        raise InputError(f"{spec.name} codes and zero-points must be uint8 below {spec.levels}; "
+                         "the checkpoint is damaged")
     per_byte = 8 // spec.bits
     parts = [integers[:, place::per_byte] << np.uint8(place * spec.bits) for place in range(per_byte)]
     return np.bitwise_or.reduce(parts)
 
 
-def _from_bytes(raw: np.ndarray, spec: GridSpec) -> np.ndarray:
-    """Inverse of `_to_bytes`."""
+def from_bytes(raw: np.ndarray, spec: GridSpec) -> np.ndarray:
+    """Inverse of `to_bytes`."""
     parts = [raw >> np.uint8(shift) & np.uint8(spec.levels - 1) for shift in range(0, 8, spec.bits)]
     return np.stack(parts, axis=-1).reshape(len(raw), -1)

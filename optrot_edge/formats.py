@@ -8,6 +8,8 @@ from optrot_edge.errors import InputError
 from optrot_edge.gridspec import (
     FLOAT_TYPES,
     GGUF_GRIDS,
+    GPTQ_BITS,
+    GPTQ_GROUPS,
     MLX_BITS,
     MLX_DTYPES,
     MLX_GROUPS,
@@ -18,8 +20,8 @@ from optrot_edge.gridspec import (
 
 FORMATS = ("gguf", "mlx", "onnx", "gptq")
 DTYPES = {"mlx": tuple(MLX_DTYPES.values()), "onnx": ("float32", "float16"), "gptq": ("float16",)}
-BITS = {"mlx": MLX_BITS, "onnx": ONNX_BITS, "gptq": ONNX_BITS}
-GROUPS = {"mlx": MLX_GROUPS, "onnx": ONNX_GROUPS, "gptq": ONNX_GROUPS}
+BITS = {"mlx": MLX_BITS, "onnx": ONNX_BITS, "gptq": GPTQ_BITS}
+GROUPS = {"mlx": MLX_GROUPS, "onnx": ONNX_GROUPS, "gptq": GPTQ_GROUPS}
 DEFAULT_BITS = 4
 DEFAULT_GROUP = {"mlx": 64, "onnx": 32, "gptq": 128}  # of mlx-lm, onnxruntime-genai, GPTQModel
 FLOAT_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0}

@@ -100,6 +100,7 @@ MLX_BITS = (2, 3, 4, 5, 6, 8)
 MLX_GROUPS = (32, 64, 128)
 ONNX_BITS = (2, 4, 8)
 ONNX_GROUPS = (16, 32, 64, 128, 256)
+GPTQ_BITS, GPTQ_GROUPS = ONNX_BITS, ONNX_GROUPS
 MLX_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 

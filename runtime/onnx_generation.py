@@ -52,7 +52,7 @@ class Generation:
             raise InputError(f"{self._path}: the tokenizer has no chat template")
         try:
             tokenizer = self._genai.Tokenizer(self._model)
-        except Exception as error:
+        except Exception as error:  # of whatever kind the files are unusable
             raise InputError(f"{self._path}: onnxruntime-genai cannot load its tokenizer: {reason(error)}") from error
         try:
             return tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": message}]),

@@ -12,6 +12,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.runtime.mlx import MlxBackend
 from tests.mlx_models import convert, edit_config
 from tests.runtime.byte_llama import TEXT
+from tests.runtime.hf_backends import refuses_what_does_not_fit
 from tests.tiny_models import random_tokens, reference_model, save_tiny
 
 mx = pytest.importorskip("mlx.core")
@@ -124,21 +125,7 @@ def test_tokens_and_bos(mlx):
 
 
 def test_what_does_not_fit(mlx):
-    folder = mlx("llama")[1]
-    with MlxBackend(folder) as backend:
-        assert backend.logits(np.zeros(256, int)).shape == (256, 512)
-        for tokens, match in ((np.zeros(257, int), "context"), ([512], "token ids"), ([-1], "token ids"),
-                              ([], "no tokens"), ([[1]], "one sequence")):
-            with pytest.raises(InputError, match=match):
-                backend.logits(tokens)
-        with pytest.raises(InputError, match="context"):
-            backend.generate([1], 256)
-        with pytest.raises(InputError, match="no tokens"):
-            backend.generate([], 3)
-    with MlxBackend(folder, n_ctx=10) as backend, pytest.raises(InputError, match="context of 10"):
-        backend.logits(np.zeros(11, int))
-    with pytest.raises(InputError, match="n_ctx is 0"):
-        MlxBackend(folder, n_ctx=0)
+    refuses_what_does_not_fit(MlxBackend, mlx("llama")[1])
 
 
 def test_devices(mlx):

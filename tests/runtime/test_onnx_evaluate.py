@@ -7,15 +7,13 @@ import pytest
 
 from optrot_edge import pipeline
 from optrot_edge.errors import InputError
-from optrot_edge.runtime.backends import bits_per_weight, kind_of, open_package, open_reference, size_on_disk
+from optrot_edge.runtime.backends import kind_of, open_package, open_reference, size_on_disk
 from optrot_edge.runtime.evaluate import evaluate_package, write_reference_file
-from optrot_edge.runtime.metrics import Scores
 from optrot_edge.runtime.onnx import OnnxBackend
-from optrot_edge.runtime.text import cut_windows
-from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.cli_runner import refused, run_ok
 from tests.onnx_models import as_exported
 from tests.runtime.byte_llama import TEXT
+from tests.runtime.hf_backends import report_by_hand
 from tests.runtime.test_evaluate import KEYS
 
 pytest.importorskip("onnx")
@@ -24,21 +22,9 @@ SHORT = {"text": TEXT, "windows": 2, "window": 48}
 
 
 def test_report_against_the_float_model(genai):
-    source, folder = genai("llama3_rope", "int4")
-    report = evaluate_package(folder, reference=source, **SHORT)
+    report = report_by_hand(OnnxBackend, *genai("llama3_rope", "int4"))
     assert report.keys() == KEYS | {"accuracy_level"} and report["accuracy_level"] == 4
-    assert report["runtime"].startswith("onnxruntime (1.") and report["reference_runtime"].startswith("torch")
-    assert report["bytes"] == size_on_disk(folder) and report["bits_per_weight"] == bits_per_weight(folder)
-    assert 4.5 < report["bits_per_weight"] < 16 and report["decode_tokens_per_s"] > 1
-    with TorchBackend(source) as a, OnnxBackend(folder) as b:  # by hand; this tokenizer adds BOS
-        tokens = cut_windows(b.tokenize(TEXT, add_bos=False), 48, 2, bos=507)
-        scores = Scores()
-        for p, q, window in zip(a.iter_logits(tokens), b.iter_logits(tokens), tokens, strict=True):
-            scores.add(p, q, window)
-    expected = scores.summary()
-    for key in ("kl_mean", "kl_p99", "ppl", "ppl_reference", "top1"):
-        assert report[key] == pytest.approx(expected[key], rel=1e-4), key
-    assert report["kl_mean"] > 0.01
+    assert report["runtime"].startswith("onnxruntime (1.") and 4.5 < report["bits_per_weight"] < 16
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3"])

@@ -7,6 +7,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.runtime.onnx import OnnxBackend
 from tests.mlx_models import edit_config
 from tests.onnx_models import as_exported, edit_genai, edit_graph
+from tests.runtime.hf_backends import refuses_what_does_not_fit
 
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -137,18 +138,4 @@ def test_accuracy_levels_that_cannot_be_had(genai):
 
 
 def test_what_does_not_fit(genai):
-    folder = genai("llama")[1]
-    with OnnxBackend(folder) as backend:
-        assert backend.logits(np.zeros(256, int)).shape == (256, 512)
-        for tokens, match in ((np.zeros(257, int), "context"), ([512], "token ids"), ([-1], "token ids"),
-                              ([], "no tokens"), ([[1]], "one sequence")):
-            with pytest.raises(InputError, match=match):
-                backend.logits(tokens)
-        with pytest.raises(InputError, match="context"):
-            backend.generate([1], 256)
-        with pytest.raises(InputError, match="no tokens"):
-            backend.generate([], 3)
-    with OnnxBackend(folder, n_ctx=10) as backend, pytest.raises(InputError, match="context of 10"):
-        backend.logits(np.zeros(11, int))
-    with pytest.raises(InputError, match="n_ctx is 0"):
-        OnnxBackend(folder, n_ctx=0)
+    refuses_what_does_not_fit(OnnxBackend, genai("llama")[1])

@@ -1,5 +1,5 @@
 // Drives the page in Chromium: node drive.mjs '{"profile": DIR, "steps": [...]}' prints one JSON value per step.
-// Steps: {goto: url}, {load: true}, {chat: text}, {stop: text}, {check: true}, {shot: path, size, scheme},
+// Steps: {goto: url}, {adapter: true} (has this browser WebGPU?), {load: true}, {chat: text}, {stop: text}, {check: true}, {shot: path, size, scheme},
 // {press: [keys]}. `gpu`: with WebGPU, computed in software.
 
 import { chromium } from "playwright-core";
@@ -53,6 +53,9 @@ const actions = {
                                   problem: document.getElementById("problem").textContent,
                                   warning: document.getElementById("warning").textContent,
                                   isolated: crossOriginIsolated }));
+  },
+  async adapter() {
+    return page.evaluate(async () => Boolean(await navigator.gpu?.requestAdapter()));
   },
   async load() {
     const started = Date.now();
