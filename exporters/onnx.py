@@ -90,11 +90,12 @@ def _verify(plan: Plan, load: Load, folder: Path, report: Progress) -> None:
             for name in node.input:
                 nodes.setdefault(name, []).append(about)
     for tensor in plan.tensors:
-        names, expected = _names(plan, tensor, stored), arrays(tensor, load)
+        (_, rows), names, expected = plan.place(tensor), _names(plan, tensor, stored), arrays(tensor, load)
         if not names and (tensor.kind != "bias" or expected["weight"].any()):  # the builder leaves zeros out
             raise RuntimeError(f"{path}: {tensor.source} was not written")
         for part, name in names.items():
-            if not same_bits(_read(stored[name], path.parent), np.ascontiguousarray(expected[part])):
+            read = _read(stored[name], path.parent)
+            if not same_bits(read if part == "weight_t" else read[rows], np.ascontiguousarray(expected[part])):
                 raise RuntimeError(f"{path}: {name} read back differently")
         if tensor.spec is not None and not all(
                 about["bits"] == tensor.spec.bits and about["block_size"] == tensor.spec.group_size
@@ -126,18 +127,19 @@ def check_graph(path: Path) -> None:
 
 def _names(plan: Plan, tensor: PlannedTensor, stored: dict) -> dict[str, str]:
     """The parts of a tensor in the file, by the names that they have there; {} where one is missing."""
+    module, _ = plan.place(tensor)
     if tensor.spec is not None:
-        names = {part: f"{tensor.module}.{part}" for part in plan.entries(tensor)}
+        names = {part: f"{module}.{part}" for part in plan.entries(tensor)}
         return names if all(name in stored for name in names.values()) else {}
     if len(tensor.shape) == 2:
-        names = {part: f"{tensor.module}.{part}" for part in ("weight", "weight_t")}
+        names = {part: f"{module}.{part}" for part in ("weight", "weight_t")}
         return {part: name for part, name in names.items() if name in stored}
-    name = _builders_name(tensor.source, plan.model.num_hidden_layers)
+    name = _builders_name(tensor.source, module, plan.model.num_hidden_layers)
     return {"weight": name} if name in stored else {}
 
 
-def _builders_name(source: str, layers: int) -> str:
-    """What the builder calls a vector of the model."""
+def _builders_name(source: str, module: str, layers: int) -> str:
+    """What the builder calls a vector of the model, which is that of `module`."""
     if source == "norm.weight":
         return f"model.layers.{layers}.final_norm_layernorm.weight"
     _, index, stem, kind = source.split(".")
@@ -145,6 +147,7 @@ def _builders_name(source: str, layers: int) -> str:
         return f"model.layers.{index}.{'input' if stem == 'attn_norm' else 'post_attention'}_layernorm.weight"
     if stem in ("q_norm", "k_norm"):
         return f"model.layers.{index}.attn.{stem}.layernorm.weight"
+    stem = module.rpartition(".")[2]
     return f"model.layers.{index}.{'attn' if stem[0] in 'qkvo' else 'mlp'}.{stem}.Add.{kind}"
 
 

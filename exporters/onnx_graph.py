@@ -90,29 +90,30 @@ class _FrozenCodes(OnlineRotations, RowLookup):
 
     def _parts(self, linear: Linear) -> dict[str, str]:
         """Names of a packed matrix's tensors by part, in MatMulNBits' order; they are written once per source."""
-        tensor = linear.tensor
-        for part in (entries := self.plan.entries(tensor)):
-            self._store(f"{tensor.module}.{part}", tensor, part)
-        return {part: f"{tensor.module}.{part}" for part in entries}
+        return {part: self._store(linear, part) for part in self.plan.entries(linear.tensors[0])}
 
-    def _store(self, name: str, tensor: PlannedTensor, part: str) -> None:
+    def _store(self, linear: Linear, part: str) -> str:
+        """Write a part of a matrix, once; its name."""
+        name = f"{linear.module}.{part}"
         if name in self.stored:
-            return
+            return name
         self.stored.add(name)
-        entry = self.plan.entries(tensor)[part]
+        entries = [self.plan.entries(tensor)[part] for tensor in linear.tensors]
 
         def read() -> ir.Tensor:
-            self.progress(entry.nbytes, name)
-            return ir.Tensor(np.ascontiguousarray(arrays(tensor, self.load)[part]), name=name)
+            self.progress(sum(entry.nbytes for entry in entries), name)
+            found = [arrays(tensor, self.load)[part] for tensor in linear.tensors]
+            return ir.Tensor(np.ascontiguousarray(found[0]) if len(found) == 1 else np.concatenate(found), name=name)
 
-        self.make_initializer(ir.LazyTensor(read, dtype=ir.DataType.from_numpy(entry.numpy_dtype),
-                                            shape=ir.Shape(entry.shape), name=name), name)
+        shape = ir.Shape([sum(entry.shape[0] for entry in entries), *entries[0].shape[1:]])
+        self.make_initializer(ir.LazyTensor(read, dtype=ir.DataType.from_numpy(entries[0].numpy_dtype), shape=shape,
+                                            name=name), name)
+        return name
 
     def make_matmul_nbits(self, matmul, basename: str, root_input: str, **kwargs) -> str:
         if matmul.spec is None:
             name, last = basename, matmul.out_features
-            self._store(f"{matmul.tensor.module}.weight_t", matmul.tensor, "weight_t")
-            inputs, attributes = [root_input, f"{matmul.tensor.module}.weight_t"], {}
+            inputs, attributes = [root_input, self._store(matmul, "weight_t")], {}
         else:
             name, last, spec = f"{basename}NBits", matmul.out_features, matmul.spec
             inputs = [root_input, *self._parts(matmul).values()]
@@ -131,21 +132,29 @@ class _FrozenCodes(OnlineRotations, RowLookup):
         return self.make_matmul_nbits(matmul, basename, root_input, **kwargs)
 
     def is_packed_matmul_supported(self) -> bool:
-        return False  # the three may have types of their own
+        return bool(self.plan.joined)
+
+    def is_qkv_projection_packable(self, layer_id: int, attention) -> bool:
+        return f"layers.{layer_id}.q_proj.weight" in self.plan.joined
+
+    def make_packed_matmul(self, q_matmul: Linear, k_matmul: Linear, v_matmul: Linear, basename: str, root_input: str,
+                           **kwargs) -> str:
+        self.attention_attrs["k_path"] = self.attention_attrs["v_path"] = ""  # of a layer whose three stand alone
+        module, tensors = self.plan.joined[q_matmul.tensors[0].source]
+        return self.make_matmul(Linear(*tensors, module=module), basename, root_input, **kwargs)
 
     def make_embedding_lookup(self, embedding: Linear, basename: str, lm_head) -> str:
         spec, ids = embedding.spec, self.input_names["input_ids"]
         if spec is None:
-            data = f"{embedding.tensor.module}.weight"
             if self.plan.model.tie_word_embeddings:
                 data = self._transposed(embedding, f"{basename}/Transpose")
             else:
-                self._store(data, embedding.tensor, "weight")
+                data = self._store(embedding, "weight")
             self.make_gather(f"{basename}/Gather", [data, ids], self.io_dtype, self.make_hidden_state_shape(), axis=0)
             return f"{basename}/Gather/output_0"
         parts = self._parts(embedding)
         if self.ep == "cpu":
-            return self.make_row_lookup(basename, ids, spec, embedding.tensor.shape, parts)
+            return self.make_row_lookup(basename, ids, spec, embedding.tensors[0].shape, parts)
         data, *rest = parts.values()
         flat = [embedding.out_features, embedding.in_features * spec.bits // 8]
         self.make_reshape(f"{basename}/Reshape", [data, f"/model/constants/INT64/{flat}"], dtype=ir.DataType.UINT8,
@@ -158,9 +167,8 @@ class _FrozenCodes(OnlineRotations, RowLookup):
 
     def _transposed(self, linear: Linear, name: str) -> str:
         """The float matrix that is stored as MatMul has it, as Gather wants it."""
-        stored = f"{linear.tensor.module}.weight_t"
-        self._store(stored, linear.tensor, "weight_t")
-        self.make_transpose(name, stored, self.io_dtype, shape=list(linear.tensor.shape), perm=[1, 0])
+        self.make_transpose(name, self._store(linear, "weight_t"), self.io_dtype,
+                            shape=[linear.out_features, linear.in_features], perm=[1, 0])
         return f"{name}/output_0"
 
     def make_lm_head(self, lm_head) -> None:

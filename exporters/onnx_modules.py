@@ -17,11 +17,13 @@ Load = Callable[[PlannedTensor], QuantizedTensor | np.ndarray]
 
 
 class Linear:
-    """A matrix as the builder's methods look at it. Those of one `source` share their tensors in the file."""
+    """A matrix as the builder's methods look at it, or several of one grid and width on top of each other, then with a
+    `module` of its own. Those of one module share their tensors in the file."""
 
-    def __init__(self, tensor: PlannedTensor, bias: torch.Tensor | None = None):
-        self.tensor, self.bias, self.g_idx = tensor, bias, None
-        self.out_features, self.in_features = tensor.shape
+    def __init__(self, *tensors: PlannedTensor, bias: torch.Tensor | None = None, module: str | None = None):
+        tensor, self.tensors, self.bias, self.g_idx = tensors[0], tensors, bias, None
+        self.module = module or tensor.module
+        self.out_features, self.in_features = sum(each.shape[0] for each in tensors), tensor.shape[1]
         self.spec = tensor.spec
         if tensor.spec is not None:  # the builder tells quantised matrices by this attribute
             self.qweight, self.bits, self.group_size = True, tensor.spec.bits, tensor.spec.group_size
@@ -59,7 +61,7 @@ class Weights:
             return None
         if len(tensor.shape) == 1:
             return _Gain(torch.from_numpy(self.load(tensor)))
-        return Linear(tensor, None if bias is None else torch.from_numpy(self.load(bias)))
+        return Linear(tensor, bias=None if bias is None else torch.from_numpy(self.load(bias)))
 
     def modules(self):
         """Embedding, layers, final norm, head."""

@@ -66,6 +66,33 @@ class Plan(PackagePlan):
         return entries["weight"].nbytes if tensor.spec is None else sum(entry.nbytes for entry in entries.values())
 
     @cached_property
+    def joined(self) -> dict[str, tuple[str, list[PlannedTensor]]]:
+        """By canonical name, q, k and v that one matrix of the file holds: its module, and the three in its order.
+
+        As the builder does: where the three have one grid, but for DirectML, and not with R3, which comes between them
+        and the attention.
+        """
+        found = {}
+        if self.execution_provider == "dml" or self.r3_block:
+            return found
+        for index in range(self.model.num_hidden_layers):
+            names = [f"layers.{index}.{letter}_proj" for letter in "qkv"]
+            matrices = [self.by_name[f"{name}.weight"] for name in names]
+            biases = [self.by_name[f"{name}.bias"] for name in names if f"{name}.bias" in self.by_name]
+            if matrices[0].spec is None or any(tensor.spec != matrices[0].spec for tensor in matrices):
+                continue
+            for group in (matrices, biases):
+                module = matrices[0].module.replace("q_proj", "qkv_proj")
+                found |= {tensor.source: (module, group) for tensor in group}
+        return found
+
+    def place(self, tensor: PlannedTensor) -> tuple[str, slice]:
+        """The module of the file that holds a tensor, and the rows there."""
+        module, group = self.joined.get(tensor.source, (tensor.module, [tensor]))
+        start = sum(other.shape[0] for other in group[:group.index(tensor)])
+        return module, slice(start, start + tensor.shape[0])
+
+    @cached_property
     def by_name(self) -> dict[str, PlannedTensor]:
         """The tensors by their canonical names."""
         return {tensor.source: tensor for tensor in self.tensors}

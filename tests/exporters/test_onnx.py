@@ -94,6 +94,19 @@ def test_online_rotations_are_in_the_graph(case, rotate, model, tmp_path):
     assert lost < 0.1  # 8 bits
 
 
+@pytest.mark.parametrize("options, joined", [({}, [0, 1]), ({"tensor_type": ["layers.0.v_proj=8bit-g32"]}, [1]),
+                                             ({"execution_provider": "dml", "dtype": "float16"}, []),
+                                             ({"rotate": "r3", "rotation": "hadamard"}, [])])
+def test_queries_keys_and_values_are_one_product(options, joined, model, tmp_path):
+    """Where their types allow it; DirectML and R3 want them apart."""
+    pipeline.export(model("llama_bias"), tmp_path / "package", **RTN | options)
+    nodes = {node.name for node in onnx.load(graph_of(tmp_path / "package"), load_external_data=False).graph.node}
+    for index in (0, 1):
+        attention = f"/model/layers.{index}/attn"
+        assert (f"{attention}/qkv_proj/MatMulNBits" in nodes) == (index in joined)
+        assert (f"{attention}/k_proj/MatMulNBits" in nodes) == (index not in joined)
+
+
 @pytest.mark.parametrize("block", [64, 128, 256, 512])
 def test_blocks_of_r4(block, model, tmp_path):
     """Large blocks go through two small matrices."""
@@ -283,11 +296,12 @@ def test_nothing_is_left_of_a_failure(checkpoint, tmp_path):
     nothing_is_left_of_a_failure(checkpoint, tmp_path, export_onnx)
 
 
-def test_biases_of_zero(model, copied, tmp_path):
+@pytest.mark.parametrize("of", ["q", "qkv"])
+def test_biases_of_zero(of, model, copied, tmp_path):
     """The builder draws no node for them; the package is whole all the same."""
     folder = copied(model("llama_bias"))
     weights = load_file(folder / "model.safetensors")
-    biases = [name for name in weights if name.endswith("q_proj.bias")]
+    biases = [name for name in weights if name.endswith(tuple(f"{letter}_proj.bias" for letter in of))]
     assert biases
     save_file(weights | {name: np.zeros_like(weights[name]) for name in biases}, folder / "model.safetensors",
               metadata={"format": "pt"})
