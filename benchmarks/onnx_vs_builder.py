@@ -13,7 +13,7 @@ the embedding in float32 beside a quantised head. `-shared` after a name shares 
 with `-4bit` after a name; `+r4` rotates online before `down_proj` besides. `sym` and `zero` are grids without and with
 zero-points.
 
-Ratios carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done; a second run
+What the builder fails at is a row with its error. Ratios carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done; a second run
 continues and refuses other settings.
 """
 
@@ -48,6 +48,10 @@ OURS = {f"ours+{name}": fields for name, fields in (*ROTATIONS.items(), ("auto",
 ARMS = [*BUILDERS, "builder-k_quant-shared", "ours+none", "ours+none-4bit", "ours+plus-r2", "ours+hadamard",
         "ours+optrot", "ours+none+r4", "ours+optrot+r4"]
 SPEED_TURNS = 5
+
+
+class PeerError(RuntimeError):
+    """The builder cannot make this package."""
 
 
 class Bench(PackageBench):
@@ -86,12 +90,19 @@ class Bench(PackageBench):
         with tempfile.TemporaryDirectory(dir=self.work) as cache, contextlib.redirect_stdout(io.StringIO()), \
                 contextlib.redirect_stderr(io.StringIO()):
             arguments = ("", source, str(out), "int4", "cpu", cache)
-            create_model(*arguments, **parse_extra_options(*arguments, extra))
+            extra = parse_extra_options(*arguments, extra)
+            try:
+                create_model(*arguments, **extra)
+            except Exception as error:  # whatever a method of its runs into
+                raise PeerError(f"{type(error).__name__}: {error}") from error
 
     def measure(self, arm: str, block: int, grid: str) -> dict:
         """One row of the results."""
         started = time.perf_counter()
-        package = self.make(arm, block, grid)
+        try:
+            package = self.make(arm, block, grid)
+        except PeerError as error:
+            return {"arm": arm, "block": block, "grid": grid, "bytes": None, "kl": None, "failed": str(error)}
         made, windows = time.perf_counter(), self.reference.windows
         rows = {}
         for level, count in ((0, len(windows)), (4, self.options.level4_windows)):
@@ -116,6 +127,7 @@ class Bench(PackageBench):
 
 def ratios(rows: list[dict]) -> dict:
     """By block and grid, arm: bytes, KL, and its ratio to the builder's best of the same block, either grid."""
+    rows = [row for row in rows if row["kl"] is not None]
     best = {block: min((row for row in rows if row["block"] == block and row["arm"] in BUILDERS),
                        key=lambda row: row["kl"], default=None) for block in {row["block"] for row in rows}}
     found: dict = {}
@@ -148,6 +160,9 @@ def print_table(results: dict) -> None:
                           f"{ratio['ratio']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})" if ratio else "",
                           f"{entry['decode']['ratio']:.2f}")
             case = ""
+    for row in results["rows"]:
+        if "failed" in row:
+            table.add_row(f"{row['block']} {row['grid']}", row["arm"], "", row["failed"])
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
