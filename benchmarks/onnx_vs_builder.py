@@ -13,8 +13,8 @@ the embedding in float32 beside a quantised head. `-shared` after a name shares 
 with `-4bit` after a name; `+r4` rotates online before `down_proj` besides. `sym` and `zero` are grids without and with
 zero-points.
 
-What the builder fails at is a row with its error. Ratios carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done; a second run
-continues and refuses other settings.
+What the builder fails at is a row with its error. Ratios carry a paired bootstrap 95 % interval over windows. Arms
+are written to `--out` as they are done; a second run continues and refuses other settings.
 """
 
 from __future__ import annotations
