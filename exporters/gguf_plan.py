@@ -8,17 +8,18 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from gguf.utility import size_label
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.expected_tensors import expected_tensors
 from optrot_edge.exporters.gguf_blocks import check_grid
-from optrot_edge.exporters.gguf_entries import Entries, f32, read_entries, string, u32
+from optrot_edge.exporters.gguf_entries import Entries, array, f32, read_entries, string, u32
 from optrot_edge.exporters.gguf_vocab import vocabulary
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import Family, get_family
+from optrot_edge.models.gguf_r4 import BASE_KEY, BLOCK_KEY, FORMAT_VERSION, SUFFIX, VERSION_KEY
 from optrot_edge.tensor_types import all_shapes
 
 ROPE_FREQS = "rope_freqs.weight"
@@ -59,7 +60,7 @@ class PlannedTensor:
 
 @dataclass
 class Plan:
-    """Everything but the tensors' data. `notes` are remarks for the user."""
+    """Everything but the tensors' data. `arch` is general.architecture; `notes` are remarks for the user."""
 
     arch: str
     file_type: LlamaFileType
@@ -83,15 +84,17 @@ def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
               vocab_from: Path | None = None) -> Plan:
     """Plan the GGUF of `checkpoint`.
 
-    Raises InputError for what stock llama.cpp cannot run (R3, R4, a head tied through a matrix, other grids, tensors
+    With R4 stock llama.cpp refuses the file, see `optrot_edge.models.gguf_r4`.
+    Raises InputError for what llama.cpp cannot run (R3, a head tied through a matrix, other grids, tensors
     its graph does not read) and for a checkpoint whose tensors contradict its model configuration.
     """
     family, config, shapes = expected_tensors(checkpoint)
-    _check_rotation(checkpoint.manifest.get("rotation") or {})
+    rotation = checkpoint.manifest.get("rotation") or {}
+    _check_rotation(rotation, config)
     if config.head_mix:
         raise InputError("the checkpoint's head is tied to its embedding through a matrix, which stock llama.cpp does "
-                         "not have: it was made for a package with its own model file; quantise again with --rotate "
-                         "r1,r2")
+                         "not have: it was made for a package with its own model file; quantise again with --format "
+                         "gguf")
     _check_graph(family, config, shapes)
     tensors = [_planned(checkpoint, family, config, source, shape) for source, shape in shapes.items()]
     factors = _rope_factors(family, config)
@@ -100,11 +103,12 @@ def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
     file_type = _file_type(tensors)
     notes = checkpoint.manifest.get("notes")
     plan = Plan(family.gguf_arch, file_type, {}, tensors, factors, list(notes) if isinstance(notes, list) else [])
-    plan.entries = _entries(plan, checkpoint.path / "tokenizer", name, config, vocab_from)
+    _plan_entries(plan, checkpoint.path / "tokenizer", name, config, vocab_from, rotation.get("r4_block"))
     return plan
 
 
-def plan_of_model(config: ModelConfig, folder: Path, *, vocab_from: Path | None = None) -> Plan:
+def plan_of_model(config: ModelConfig, folder: Path, *, vocab_from: Path | None = None,
+                  r4_block: int | None = None) -> Plan:
     """The plan of a model that is not quantised yet, all of it float32: keys and names are those of its package.
 
     `folder` is where its tokenizer was saved. Raises InputError for a vocabulary that GGUF cannot have.
@@ -114,20 +118,42 @@ def plan_of_model(config: ModelConfig, folder: Path, *, vocab_from: Path | None 
     tensors = [PlannedTensor(family.gguf_name(source), source, shape, GGMLQuantizationType.F32)
                for source, shape in all_shapes(family, config).items()]
     plan = Plan(family.gguf_arch, LlamaFileType.ALL_F32, {}, tensors, factors)
-    plan.entries = _entries(plan, folder, None, config, vocab_from)
+    _plan_entries(plan, folder, None, config, vocab_from, r4_block)
     return plan
 
 
-def _entries(plan: Plan, folder: Path, name: str | None, config: ModelConfig, vocab_from: Path | None) -> Entries:
-    return (_general_entries(plan, folder, name, config) | _model_entries(plan.arch, config, plan.notes)
-            | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=_special_ids(config)))
+def _plan_entries(plan: Plan, folder: Path, name: str | None, config: ModelConfig, vocab_from: Path | None,
+                  r4_block: int | None) -> None:
+    """Set the plan's keys, and with R4 its architecture."""
+    base = plan.arch
+    if r4_block:
+        plan.arch = base + SUFFIX
+        plan.notes.append(f"R4 runs online, so llama.cpp's own tools refuse the file as {plan.arch}; optrot-edge and "
+                          "examples/llama_cpp run it")
+    plan.entries = (_general_entries(plan, folder, name, config) | _model_entries(base, config, plan.notes)
+                    | (_r4_entries(plan, base, r4_block) if r4_block else {})
+                    | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=_special_ids(config)))
 
 
-def _check_rotation(rotation: dict) -> None:
-    applied = rotation.get("applied") or []
-    if rotation.get("r4_block") or "r4" in applied:
-        raise InputError("the checkpoint needs the online rotation R4, which stock llama.cpp does not have; "
-                         "quantise again with --rotate r1,r2")
+def _r4_entries(plan: Plan, base: str, block: int) -> Entries:
+    """What a runtime must do before `ffn_down`, in this project's keys and in `prism.hadamard` v1's."""
+    names = [tensor.name for tensor in plan.tensors if tensor.source.endswith("down_proj.weight")]
+    return {VERSION_KEY: u32(FORMAT_VERSION), BASE_KEY: string(base), BLOCK_KEY: u32(block),
+            "prism.hadamard.version": u32(1), "prism.hadamard.block_size": u32(block),
+            "prism.hadamard.transform": string("normalized-sylvester-walsh-hadamard"),
+            "prism.hadamard.axis": string("input-last-dimension"), "prism.hadamard.sign_mode": string("identity"),
+            "prism.hadamard.weight_names": array(names, GGUFValueType.STRING)}
+
+
+def _check_rotation(rotation: dict, config: ModelConfig) -> None:
+    applied, block = rotation.get("applied") or [], rotation.get("r4_block")
+    if ("r4" in applied) != (block is not None):
+        raise InputError(f"the checkpoint says {', '.join(applied) or 'no rotation'} and an R4 block of {block}; it is "
+                         "damaged: quantise again")
+    if block is not None and (not isinstance(block, int) or block < 2 or block & (block - 1)
+                              or config.intermediate_size % block):
+        raise InputError(f"the checkpoint's R4 block {block} is no power of two that divides "
+                         f"{config.intermediate_size}; it is damaged: quantise again")
     if rotation.get("r3_block") or "r3" in applied:
         raise InputError("the checkpoint needs the online rotation R3; llama.cpp itself rotates K and V of a "
                          "quantised cache, so leave R3 out: quantise again with --rotate r1,r2")

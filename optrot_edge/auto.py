@@ -50,6 +50,8 @@ def candidates(source, recipe: Recipe, stored_bits: Callable[[Arm], float]) -> l
 
     `stored_bits(arm)` is the size of the arm's tensors in bits.
     """
+    from optrot_edge.rotations.fuse import runs_head_mix
+
     which = [name for name in ("r1", "r2", "r3", "r4") if name in recipe.which]
     rest = [name for name in which if name != "r1"]
     arms = [Arm("none", "none", recipe.rotate)]
@@ -65,7 +67,7 @@ def candidates(source, recipe: Recipe, stored_bits: Callable[[Arm], float]) -> l
         arm.bits_per_weight = stored_bits(arm) / weights
         extra = arm.bits_per_weight - arms[0].bits_per_weight
         if 4**extra > HOPELESS:
-            how = "ties the head through another matrix" if {"r3", "r4"} & recipe.which else (
+            how = "ties the head through another matrix" if runs_head_mix(recipe.which, recipe.format) else (
                 "unties the head from the embedding")
             arm.skipped = (f"R1 {how}: {extra:.2f} more bits per weight, "
                            f"which would have to divide KL by {4**extra:.1f}")

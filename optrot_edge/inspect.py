@@ -94,20 +94,23 @@ def _layers(manifest: dict) -> list[dict]:
 
 def _gguf(path: Path) -> dict:
     from optrot_edge.models.gguf_file import GGUFFile
+    from optrot_edge.models.gguf_r4 import base_architecture, read_r4_block
 
     file, types = GGUFFile(path), _Types()
     for info in file.tensors.values():
         types.add(info.type.name.lower(), prod(info.shape), 8 * info.row_bytes * prod(info.shape[:-1]))
-    arch = file.value("general.architecture")
+    architecture, r4_block = file.value("general.architecture"), read_r4_block(file)
+    arch = base_architecture(str(architecture))
 
     def plain(key: str):
         value = file.value(key)
         return value if isinstance(value, str | int | float) else None
 
-    return {"kind": "GGUF", "path": str(path), "architecture": arch, "name": plain("general.name"),
+    return {"kind": "GGUF", "path": str(path), "architecture": architecture, "name": plain("general.name"),
             "file_type": _file_type(plain("general.file_type")), "layers": plain(f"{arch}.block_count"),
             "hidden_size": plain(f"{arch}.embedding_length"), "context_length": plain(f"{arch}.context_length"),
             "tied_head": "output.weight" not in file.tensors if file.tensors else None,
+            **({"r4_block": r4_block} if r4_block else {}),
             "tokenizer": plain("tokenizer.ggml.pre") or plain("tokenizer.ggml.model"),
             "bytes": file.size, "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight,
             "types": types.table}

@@ -74,9 +74,6 @@ class GgufFormat:
             if kind is not None and kind not in GGUF_TYPES:
                 raise InputError(f"{option} {kind}: GGUF stores {', '.join(GGUF_TYPES)}")
         which = set() if recipe.rotation == "none" else recipe.which
-        if "r4" in which:
-            raise InputError("--rotate r4: stock llama.cpp has no R4 and would run the file wrongly; "
-                             "use --rotate r1,r2 for GGUF")
         if "r3" in which:
             raise InputError("--rotate r3: llama.cpp rotates a quantised K/V cache itself; leave r3 out for GGUF")
         own = source.path if source.kind == "gguf" else None

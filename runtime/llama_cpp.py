@@ -14,6 +14,7 @@ import numpy as np
 from optrot_edge.errors import InputError
 from optrot_edge.runtime.imports import require
 from optrot_edge.runtime.llama_library import available_threads, errors, load_library, probe, why
+from optrot_edge.runtime.llama_r4 import R4Callback, architecture_override
 from optrot_edge.runtime.text import check_ids
 
 
@@ -27,7 +28,8 @@ class LlamaCppBackend:
     path: the GGUF. n_ctx: longest sequence in tokens, None for the model's training context (memory
     for the KV cache is taken as sequences need it). n_batch: tokens per `llama_decode`; one micro-batch
     each. device: "cpu", "cuda" or "mps" (all layers on the GPU), "auto" for a GPU when the build has one.
-    vocab_only: tokenise only. Raises InputError when the file cannot be loaded.
+    vocab_only: tokenise only. Raises InputError when the file cannot be loaded. A file with R4 (see
+    `optrot_edge.models.gguf_r4`) is loaded under its base architecture, and R4 applied by `R4Callback`.
     """
 
     runtime = "llama.cpp"
@@ -37,15 +39,23 @@ class LlamaCppBackend:
         self._model = self._ctx = self._batch = None
         self.path = Path(path)
         from optrot_edge.models.gguf_file import GGUFFile  # gguf is needed here only
+        from optrot_edge.models.gguf_r4 import base_architecture, read_r4_block
 
         header = GGUFFile(self.path)  # llama.cpp aborts on some damaged headers
-        architecture = header.value("general.architecture", "")
-        self.context_length = _count(header.value(f"{architecture}.context_length"))
+        architecture = str(header.value("general.architecture", ""))
+        base = base_architecture(architecture)
+        self.context_length = _count(header.value(f"{base}.context_length"))
         self._c = c = load_library()
         self.vocab_only, self.n_batch, self.n_threads = vocab_only, n_batch, n_threads or available_threads()
         self._gpu = self._use_gpu(device)
-        probe(self.path, vocab_only)
+        block = None if vocab_only else read_r4_block(header)
+        self._r4 = block and R4Callback(c, block, header.value(f"{base}.feed_forward_length"),
+                                        _count(header.value(f"{base}.block_count")))
+        probe(self.path, vocab_only, base if base != architecture else "")
         params = c.llama_model_default_params()
+        if base != architecture:
+            overrides = architecture_override(c, base)
+            params.kv_overrides = overrides
         params.vocab_only, params.n_gpu_layers = vocab_only, -1 if self._gpu else 0
         errors.clear()
         self._model = c.llama_model_load_from_file(os.fsencode(self.path), params)
@@ -169,6 +179,8 @@ class LlamaCppBackend:
             params.n_threads = params.n_threads_batch = self.n_threads
             if not self._gpu:
                 params.offload_kqv = params.op_offload = False
+            if self._r4:
+                params.cb_eval = self._r4.callback
             errors.clear()
             self._ctx = c.llama_init_from_model(self._model, params)
             if not self._ctx:
@@ -192,9 +204,13 @@ class LlamaCppBackend:
         wanted[-1] = 1
         batch.n_tokens = n
         errors.clear()
+        if self._r4:
+            self._r4.begin()
         code = self._c.llama_decode(self._ctx, batch)
         if code:
             raise RuntimeError(f"llama_decode returned {code}: {why(errors)}")
+        if self._r4:
+            self._r4.check()
 
     def _last_logits(self) -> np.ndarray:
         pointer = self._c.llama_get_logits_ith(self._ctx, -1)

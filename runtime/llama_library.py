@@ -22,6 +22,10 @@ sink = c.llama_log_callback(lambda level, text, data: sys.stderr.buffer.write(te
 c.llama_log_set(sink, c_void_p(0))
 path, vocab_only, context = sys.argv[1].encode(), sys.argv[2] == "1", int(sys.argv[3])
 p = c.llama_model_default_params()
+if sys.argv[4]:
+    from optrot_edge.runtime.llama_r4 import architecture_override
+    overrides = architecture_override(c, sys.argv[4])
+    p.kv_overrides = overrides
 p.vocab_only, p.no_alloc, p.n_gpu_layers = vocab_only, not vocab_only, 0
 if not vocab_only:
     p.load_mode = 0  # the weights stay on disk
@@ -62,13 +66,14 @@ def why(lines) -> str:
     return (named or telling or lines or ["no reason given"])[0]
 
 
-def probe(path: Path, vocab_only: bool) -> None:
-    """Load the file in a child process first; InputError if that fails or dies."""
+def probe(path: Path, vocab_only: bool, architecture: str = "") -> None:
+    """Load the file, as one of `architecture` if that is given, in a child process first; InputError if that fails or
+    dies."""
     stat = path.stat()
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, vocab_only)
     if key in _probed:
         return
-    command = [sys.executable, "-c", _PROBE, str(path), str(int(vocab_only)), "256"]
+    command = [sys.executable, "-c", _PROBE, str(path), str(int(vocab_only)), "256", architecture]
     try:
         run = subprocess.run(command, capture_output=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from optrot_edge.errors import InputError
+from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import Family, get_gguf_family
 from optrot_edge.models.gguf_file import ArrayInfo, GGUFFile, can_dequantize
+from optrot_edge.models.gguf_r4 import base_architecture, read_r4_block
 from optrot_edge.models.hf_config import positive_number
 from optrot_edge.models.source import ModelSource
 
@@ -22,7 +24,7 @@ VOCAB_FILE = "vocab.gguf"
 
 
 class GGUFSource(ModelSource):
-    """A model in one GGUF file; q and k rows are given in Hugging Face's RoPE order.
+    """A model in one GGUF file; q and k rows are given in Hugging Face's RoPE order, and R4 is undone.
 
     Raises InputError when opened if anything but the values of the tensors is wrong.
     """
@@ -34,6 +36,7 @@ class GGUFSource(ModelSource):
         self.files = [self.path]
         self._file = GGUFFile(self.path)
         self.family, self.config = parse_metadata(self._file)
+        self._r4_block = read_r4_block(self._file)
         for kind in sorted({info.type for info in self._file.tensors.values()}):
             if not can_dequantize(kind):
                 raise InputError(f"{self.path} holds {kind.name} tensors, which gguf-py cannot decode; "
@@ -64,6 +67,8 @@ class GGUFSource(ModelSource):
             linear = name.split(".")[-2]
             if self.family.gguf_permutes_qk and linear in heads:
                 tensor = unpermute(tensor, heads[linear])
+            elif self._r4_block and name.endswith("down_proj.weight"):
+                tensor = block_hadamard(tensor, self._r4_block)  # its own inverse
             yield tensor.to(dtype)
 
     def _read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -84,6 +89,7 @@ def parse_metadata(file: GGUFFile) -> tuple[Family, ModelConfig]:
     arch = file.value("general.architecture")
     if not isinstance(arch, str):
         raise InputError(f"{file.path}: general.architecture is missing; not a model")
+    arch = base_architecture(arch)
     if file.value("split.count", 0) not in (0, 1):
         raise InputError(f"{file.path} is one part of a split GGUF; join the parts first "
                          "(llama-gguf-split --merge)")

@@ -7,6 +7,7 @@ Conventions: a linear is `[out, in]`, a residual vector is a row `x`, and `x' = 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 
@@ -108,10 +109,19 @@ def fuse_layer(layer: Layer, rotation: Rotation, index: int, config: ModelConfig
     return layer
 
 
+def runs_head_mix(applied: Iterable[str], format: str | None) -> bool:
+    """Whether what runs packages of `format` under the rotations `applied` can run a tied head's `head_mix` too.
+
+    An ONNX graph always can, a graph or a model file of the package's own for R3 or R4 too; llama.cpp, to whose graph
+    R4 is all that can be added, cannot.
+    """
+    online = {"r3", "r4"}.intersection(applied)
+    return format == "onnx" or bool(online - {"r4"} if format == "gguf" else online)
+
+
 def packaged(source, rotation: Rotation, format: str | None = None, device: str = "cpu") -> RotatedModel:
-    """`source` under `rotation` as packages of `format` have it: what runs online R3 or R4 can run a tied head's
-    `head_mix` too, and an ONNX graph always can."""
-    return RotatedModel(source, rotation, device, keep_tied=rotation.is_online or format == "onnx")
+    """`source` under `rotation` as packages of `format` have it."""
+    return RotatedModel(source, rotation, device, keep_tied=runs_head_mix(rotation.applied, format))
 
 
 class RotatedModel:

@@ -72,11 +72,6 @@ class Rotation:
         return [name for name, present in on.items() if present]
 
     @property
-    def is_online(self) -> bool:
-        """Whether a part of it runs on the device, which takes a graph or a model file of the package's own."""
-        return self.r3_block is not None or self.r4_block is not None
-
-    @property
     def changes(self) -> bool:
         """Whether any weight differs from the original's."""
         return bool(self.applied or self.scales)
