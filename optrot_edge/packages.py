@@ -80,14 +80,16 @@ class GgufFormat:
         vocabulary(source.path, source.config.vocab_size, vocab_from=options.vocab_from or own)
 
     @staticmethod
-    def metadata_bytes(source, options: PackageOptions) -> int:
+    def metadata_bytes(source, recipe: Recipe, options: PackageOptions) -> int:
         """Bytes of the package of an open model that are not tensors, at most."""
         from optrot_edge.exporters.gguf import metadata_bytes
         from optrot_edge.exporters.gguf_plan import plan_of_model
 
         with tempfile.TemporaryDirectory() as folder:
             source.save_tokenizer(folder)
-            return metadata_bytes(plan_of_model(source.config, Path(folder), vocab_from=options.vocab_from))
+            plan = plan_of_model(source.config, Path(folder), vocab_from=options.vocab_from,
+                                 r4_block=recipe.r4_block if "r4" in recipe.which else None)
+            return metadata_bytes(plan)
 
     @staticmethod
     def write(checkpoint: QuantizedCheckpoint, out: Path, overwrite: bool, options: PackageOptions,
@@ -145,7 +147,7 @@ class MlxFormat(FolderFormat):
         _tokenizer_bytes(source)
 
     @staticmethod
-    def metadata_bytes(source, options: PackageOptions) -> int:
+    def metadata_bytes(source, recipe: Recipe, options: PackageOptions) -> int:
         """Bytes of the package of an open model that are not tensors, at most."""
         return _tokenizer_bytes(source) + CARD + ENTRY * len(all_shapes(source.family, source.config))
 
@@ -190,7 +192,7 @@ class OnnxFormat(FolderFormat):
         _tokenizer_bytes(source)
 
     @staticmethod
-    def metadata_bytes(source, options: PackageOptions) -> int:
+    def metadata_bytes(source, recipe: Recipe, options: PackageOptions) -> int:
         """Bytes of the package of an open model that are not tensors, at most."""
         config = source.config
         tables = config.max_position_embeddings * config.head_dim * 4
@@ -234,7 +236,7 @@ class GptqFormat(FolderFormat):
         _tokenizer_bytes(source)
 
     @staticmethod
-    def metadata_bytes(source, options: PackageOptions) -> int:
+    def metadata_bytes(source, recipe: Recipe, options: PackageOptions) -> int:
         """Bytes of the package of an open model that are not tensors, at most."""
         indices = 4 * sum(shape[-1] for shape in all_shapes(source.family, source.config).values() if len(shape) == 2)
         return _tokenizer_bytes(source) + CARD + indices + ENTRY * len(all_shapes(source.family, source.config))
@@ -278,7 +280,7 @@ def without_metadata(source, recipe: Recipe, options: PackageOptions) -> Recipe:
     """`recipe` with the target size of a package's tensors in the place of the package's."""
     if recipe.target_size is None:
         return recipe
-    metadata = PACKAGES[recipe.format].metadata_bytes(source, options)
+    metadata = PACKAGES[recipe.format].metadata_bytes(source, recipe, options)
     if recipe.target_size <= metadata:
         raise InputError(f"--target-size {recipe.target_size:,}: vocabulary and names alone take {metadata:,} bytes")
     return dataclasses.replace(recipe, target_size=recipe.target_size - metadata)

@@ -29,13 +29,13 @@ class LlamaCppBackend:
     for the KV cache is taken as sequences need it). n_batch: tokens per `llama_decode`; one micro-batch
     each. device: "cpu", "cuda" or "mps" (all layers on the GPU), "auto" for a GPU when the build has one.
     vocab_only: tokenise only. Raises InputError when the file cannot be loaded. A file with R4 (see
-    `optrot_edge.models.gguf_r4`) is loaded under its base architecture, and R4 applied by `R4Callback`.
+    `optrot_edge.models.gguf_r4`) is loaded under its base architecture, and R4 applied by `r4` or an `R4Callback`.
     """
 
     runtime = "llama.cpp"
 
     def __init__(self, path: str | Path, n_ctx: int | None = None, *, n_threads: int | None = None,
-                 n_batch: int = 512, device: str = "cpu", vocab_only: bool = False):
+                 n_batch: int = 512, device: str = "cpu", vocab_only: bool = False, r4=None):
         self._model = self._ctx = self._batch = None
         self.path = Path(path)
         from optrot_edge.models.gguf_file import GGUFFile  # gguf is needed here only
@@ -49,9 +49,9 @@ class LlamaCppBackend:
         self.vocab_only, self.n_batch, self.n_threads = vocab_only, n_batch, n_threads or available_threads()
         self._gpu = self._use_gpu(device)
         block = None if vocab_only else read_r4_block(header)
-        self._r4 = block and R4Callback(c, block, header.value(f"{base}.feed_forward_length"),
-                                        _count(header.value(f"{base}.block_count")))
         probe(self.path, vocab_only, base if base != architecture else "")
+        self._r4 = block and (r4 or R4Callback(c, block, header.value(f"{base}.feed_forward_length"),
+                                               _count(header.value(f"{base}.block_count"))))
         params = c.llama_model_default_params()
         if base != architecture:
             overrides = architecture_override(c, base)
@@ -180,7 +180,7 @@ class LlamaCppBackend:
             if not self._gpu:
                 params.offload_kqv = params.op_offload = False
             if self._r4:
-                params.cb_eval = self._r4.callback
+                self._r4.install(params)
             errors.clear()
             self._ctx = c.llama_init_from_model(self._model, params)
             if not self._ctx:

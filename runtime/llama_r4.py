@@ -35,9 +35,9 @@ def architecture_override(c, architecture: str):
 class R4Callback:
     """R4 for one context: normalised Walsh-Hadamard transforms of blocks of `block` channels in every layer.
 
-    c: the `llama_cpp` module. width: channels of what `ffn_down` reads. Give `callback` to
-    `llama_context_params.cb_eval`, and keep this object as long as the context; call `begin` before each
-    `llama_decode` and `check` after it. Raises InputError when ggml's library cannot be found.
+    c: the `llama_cpp` module. width: channels of what `ffn_down` reads. `install` it in the parameters of the context,
+    and keep it as long as that; call `begin` before each `llama_decode` and `check` after it. Raises InputError when
+    ggml's library cannot be found.
     """
 
     def __init__(self, c, block: int, width: int, layers: int):
@@ -46,7 +46,11 @@ class R4Callback:
         self._left, self._right = _factors(block)
         self._counts = [0] * layers
         self._error: BaseException | None = None
-        self.callback = c.ggml_backend_sched_eval_callback(self._eval)
+        self._callback = c.ggml_backend_sched_eval_callback(self._eval)
+
+    def install(self, params) -> None:
+        """Have contexts that are made with these `llama_context_params` call this object."""
+        params.cb_eval = self._callback
 
     def begin(self) -> None:
         """Forget what was transformed before."""

@@ -97,7 +97,7 @@ def test_dry_run_with_a_saved_rotation(files, tmp_path, capfd):
 
 def test_dry_run_refuses_what_the_run_would(files, tmp_path, capfd):
     start = ["export", files["model"], "--out", tmp_path / "m.gguf", "--dry-run"]
-    refused(capfd, *start, "--rotate", "r1,r4", "--r4-block", 32, says="--rotate r4")
+    refused(capfd, *start, "--rotate", "r1,r3", says="--rotate r3")
     refused(capfd, *start, "--type", "int4-g32-sym", says="int4-g32-sym")
     refused(capfd, *start, "--seqlen", 1000, says="--seqlen 1000")
     refused(capfd, "export", files["checkpoint"], "--out", tmp_path / "m.gguf", "--dry-run", "--type", "q8_0",

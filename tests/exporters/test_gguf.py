@@ -158,10 +158,11 @@ def test_exporting_an_exported_file_gives_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("rotation", "message"), [
-    ({"r4_block": 32}, "R4.*--rotate r1,r2"),
+    ({"applied": ["r4"]}, "says r4 and an R4 block of None; it is damaged"),
+    ({"applied": ["r4"], "r4_block": 64}, "R4 block 64 is no power of two that divides 160"),
     ({"r3_block": 16}, "llama.cpp itself rotates K and V"),
 ])
-def test_online_rotations_are_refused(rotation, message, tmp_path):
+def test_rotations_that_cannot_be_run_are_refused(rotation, message, tmp_path):
     checkpoint = write_checkpoint(tmp_path, "llama", rotation=rotation)
     refused(checkpoint, tmp_path, message)
 
