@@ -19,12 +19,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no t
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Rotation = Annotated[str, typer.Option(help="auto (measure, keep the best per byte), none, hadamard, optrot (no data), "
                                             "optrot+ (uses calibration text), or a file saved by `rotate`.")]
-Rotate = Annotated[str, typer.Option(help="Which rotations are allowed: a list of r1, r2, r3, r4.")]
+Rotate = Annotated[str, typer.Option(help="Which rotations are allowed: a list of r1, r2, r3, r4 (GGUF: no r3; "
+                                            "with r4 not for llama.cpp's own tools).")]
 Scales = Annotated[bool, typer.Option(help="OptRot+ learns norm gains and channel scales too.")]
 PlusObjective = Annotated[str, typer.Option(help="OptRot+ objective: grid (steps of the stored grid) or plain.")]
 PlusStart = Annotated[str, typer.Option(help="OptRot+ starts from: native (the model as it is) or hadamard.")]
 PlusSteps = Annotated[int, typer.Option(help="OptRot+ steps, each over all layers.")]
-R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4 (a power of two).")]
+R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4: a power of two that divides the "
+                                            "feed-forward length, such as 64, 128, 256 or 512.")]
 Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
 Objective = Annotated[str, typer.Option(help="OptRot objective: all matrices, or top-50 (those of largest loss).")]
 Steps = Annotated[int | None, typer.Option(help="OptRot steps (default: polar 80, cayley 1000).")]
