@@ -209,10 +209,12 @@ def chat(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX o
 
 @app.command()
 def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, builtin, or a hub dataset.")],
-              out: Annotated[Path, typer.Option(help="The reference file (.json or .json.gz).")],
+              out: Annotated[Path, typer.Option(help="The reference file (.json, .json.gz, or .kld: llama-perplexity's "
+                                                    "--kl-divergence-base).")],
               windows: Annotated[int | None, typer.Option(help="Windows (default: all, at most 32).")] = None,
-              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
-              top_k: Annotated[int, typer.Option(help="Log-probabilities kept per position.")] = 64,
+              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256; .kld: 512).")] = None,
+              top_k: Annotated[int | None, typer.Option(help="Log-probabilities kept per position (default: 64; .kld: "
+                                                             "all).")] = None,
               device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
               trust_remote_code: opt.TrustRemoteCode = False, overwrite: opt.Overwrite = False,
               quiet: opt.Quiet = False, json: opt.Json = False):

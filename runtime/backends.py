@@ -11,6 +11,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.models.mlx_folder import MlxFolder, is_mlx
 from optrot_edge.models.onnx_folder import OnnxFolder, is_onnx
 from optrot_edge.runtime.imports import installed, require
+from optrot_edge.runtime.kld_file import is_kld
 
 BACKENDS = ("llama.cpp", "mlx", "onnxruntime", "torch")
 _RUNS = {"gguf": ("llama.cpp", "torch"), "checkpoint": ("torch",), "mlx": ("mlx",), "onnx": ("onnxruntime",),
@@ -46,7 +47,7 @@ def kind_of(path: str | Path) -> str:
         raise InputError(f"{path}: a folder with neither {MANIFEST} nor config.json")
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    if path.name.endswith((".json", ".json.gz")):
+    if path.name.endswith((".json", ".json.gz")) or is_kld(path):
         return "reference"
     with path.open("rb") as handle:
         if handle.read(4) == b"GGUF" or path.suffix == ".gguf":
@@ -54,7 +55,7 @@ def kind_of(path: str | Path) -> str:
     if path.suffix == ".onnx":
         raise InputError(f"{path}: give the package's folder, which holds genai_config.json, not its graph")
     raise InputError(f"{path}: neither a GGUF, a quantised checkpoint, an MLX or ONNX package, a model folder nor a "
-                     "reference file (.json)")
+                     "reference file (.json or llama-perplexity's)")
 
 
 def _checked(backend: str | None) -> str | None:
