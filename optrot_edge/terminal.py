@@ -137,9 +137,9 @@ def print_report(report: dict) -> None:
                       f"{report['prefill_tokens_per_s']:.0f} / {report['decode_tokens_per_s']:.0f}")
     cache = f", keys and values in {report['kv_bits']} bits" if report.get("kv_bits") else ""
     level = f", accuracy level {report['accuracy_level']}" if "accuracy_level" in report else ""
-    first = report.get("first_position")
-    part = f", positions {first} to {report['window'] - 2} of every {report['window']}" if first else ""
-    table.add_row("scored", f"{report['tokens']:,} tokens{part}, in {report['runtime']}{cache}{level}")
+    table.add_row("scored", f"{report['tokens']:,} tokens in {report['runtime']}{cache}{level}")
+    if "first_position" in report:
+        table.add_row("positions scored", f"{report['first_position']} to {report['window'] - 2} of every window")
     Console().print(table)
 
 
