@@ -171,6 +171,10 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
              kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
+             kv_type: Annotated[str | None, typer.Option(help="GGUF: type of the KV cache, such as q8_0, or q8_0,q4_0 "
+                                                              "for keys and values (default: f16).")] = None,
+             kv_rotation: Annotated[bool, typer.Option(help="GGUF: llama.cpp's own rotation of a quantised KV "
+                                                            "cache.")] = True,
              accuracy_level: Annotated[int | None, typer.Option(help="ONNX: 0 (float32 on a CPU) or 4 (int8 "
                                                                      "activations), instead of the stored.")] = None,
              trust_remote_code: opt.TrustRemoteCode = False,
@@ -184,7 +188,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
                                    device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
-                                   accuracy_level=accuracy_level,
+                                   accuracy_level=accuracy_level, kv_type=kv_type, kv_rotation=kv_rotation,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)
