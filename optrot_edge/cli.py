@@ -161,7 +161,8 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
 
 @app.command("eval")
 def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or ONNX folder, or a checkpoint.")],
-             reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
+             reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference` or by "
+                                                          "llama-perplexity's --kl-divergence-base.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
              windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,

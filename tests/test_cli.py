@@ -122,6 +122,7 @@ def test_llama_perplexitys_reference_file(files, tmp_path, capfd):
     run_ok(*asked, "--window", 32, "--out", ref, "--json", "--quiet")
     assert json.loads(capfd.readouterr().out)["window"] == 32
     run_ok("eval", files["gguf"], "--reference", ref)
+    run_ok("eval", files["checkpoint"], "--reference", ref, "--quiet")
     assert "positions scored │ 16 to 30 of every window" in " ".join(capfd.readouterr().out.split())
     assert left(tmp_path) == ["ref.kld"]
 

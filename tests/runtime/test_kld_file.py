@@ -124,7 +124,7 @@ def test_the_same_positions_without_a_file(tiny, noisy, tmp_path, add_bos):
 
 def test_mlx_packages(mlx, tmp_path):
     pytest.importorskip("mlx_lm")
-    source, folder = mlx("llama", quantize=True, q_bits=4, q_group_size=32)
+    source, folder = mlx("llama3_rope", quantize=True, q_bits=4, q_group_size=32)
     check_kinds(source, folder, tmp_path)
 
 
@@ -134,7 +134,7 @@ def test_onnx_packages(genai, tmp_path):
 
 
 def check_kinds(source, package, folder):
-    """A GGUF's file serves a package of another kind of the same model."""
+    """A GGUF's file serves a package of another kind of the same model, with BOS where the model adds it."""
     pipeline.export(source, folder / "m.gguf", format="gguf", type="f32", embedding_type="f32", head_type="f32",
                     rotation="none", quantizer="rtn", calibration="none")
     write_reference_file(folder / "m.gguf", folder / "r.kld", text=TEXT, window=64, windows=3, backend="llama.cpp")
