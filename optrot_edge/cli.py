@@ -161,7 +161,8 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
 
 @app.command("eval")
 def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or ONNX folder, or a checkpoint.")],
-             reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
+             reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference` or by "
+                                                          "llama-perplexity's --kl-divergence-base.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
              windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
@@ -171,6 +172,10 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
              out: Annotated[Path | None, typer.Option(help="Write the report (JSON) here.")] = None,
              speed: Annotated[bool, typer.Option(help="Also time the runtime.")] = True,
              kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
+             kv_type: Annotated[str | None, typer.Option(help="GGUF: type of the KV cache, such as q8_0, or q8_0,q4_0 "
+                                                              "for keys and values (default: f16).")] = None,
+             kv_rotation: Annotated[bool, typer.Option(help="GGUF: llama.cpp's own rotation of a quantised KV "
+                                                            "cache.")] = True,
              accuracy_level: Annotated[int | None, typer.Option(help="ONNX: 0 (float32 on a CPU) or 4 (int8 "
                                                                      "activations), instead of the stored.")] = None,
              trust_remote_code: opt.TrustRemoteCode = False,
@@ -184,7 +189,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
                                    device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
-                                   accuracy_level=accuracy_level,
+                                   accuracy_level=accuracy_level, kv_type=kv_type, kv_rotation=kv_rotation,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)
@@ -209,10 +214,12 @@ def chat(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX o
 
 @app.command()
 def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, builtin, or a hub dataset.")],
-              out: Annotated[Path, typer.Option(help="The reference file (.json or .json.gz).")],
+              out: Annotated[Path, typer.Option(help="The reference file (.json, .json.gz, or .kld: llama-perplexity's "
+                                                    "--kl-divergence-base).")],
               windows: Annotated[int | None, typer.Option(help="Windows (default: all, at most 32).")] = None,
-              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
-              top_k: Annotated[int, typer.Option(help="Log-probabilities kept per position.")] = 64,
+              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256; .kld: 512).")] = None,
+              top_k: Annotated[int | None, typer.Option(help="Log-probabilities kept per position (default: 64; .kld: "
+                                                             "all).")] = None,
               device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
               trust_remote_code: opt.TrustRemoteCode = False, overwrite: opt.Overwrite = False,
               quiet: opt.Quiet = False, json: opt.Json = False):

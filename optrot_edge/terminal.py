@@ -136,8 +136,13 @@ def print_report(report: dict) -> None:
         table.add_row("tokens/s, prefill / decode",
                       f"{report['prefill_tokens_per_s']:.0f} / {report['decode_tokens_per_s']:.0f}")
     cache = f", keys and values in {report['kv_bits']} bits" if report.get("kv_bits") else ""
+    if "kv_type" in report:
+        rotated = report["kv_rotation"]
+        cache = f", KV cache {report['kv_type']}" + (f", {' and '.join(rotated)} rotated" if rotated else "")
     level = f", accuracy level {report['accuracy_level']}" if "accuracy_level" in report else ""
     table.add_row("scored", f"{report['tokens']:,} tokens in {report['runtime']}{cache}{level}")
+    if "first_position" in report:
+        table.add_row("positions scored", f"{report['first_position']} to {report['window'] - 2} of every window")
     Console().print(table)
 
 

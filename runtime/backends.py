@@ -11,6 +11,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.models.mlx_folder import MlxFolder, is_mlx
 from optrot_edge.models.onnx_folder import OnnxFolder, is_onnx
 from optrot_edge.runtime.imports import installed, require
+from optrot_edge.runtime.kld_file import is_kld
 
 BACKENDS = ("llama.cpp", "mlx", "onnxruntime", "torch")
 _RUNS = {"gguf": ("llama.cpp", "torch"), "checkpoint": ("torch",), "mlx": ("mlx",), "onnx": ("onnxruntime",),
@@ -46,7 +47,7 @@ def kind_of(path: str | Path) -> str:
         raise InputError(f"{path}: a folder with neither {MANIFEST} nor config.json")
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    if path.name.endswith((".json", ".json.gz")):
+    if path.name.endswith((".json", ".json.gz")) or is_kld(path):
         return "reference"
     with path.open("rb") as handle:
         if handle.read(4) == b"GGUF" or path.suffix == ".gguf":
@@ -54,7 +55,7 @@ def kind_of(path: str | Path) -> str:
     if path.suffix == ".onnx":
         raise InputError(f"{path}: give the package's folder, which holds genai_config.json, not its graph")
     raise InputError(f"{path}: neither a GGUF, a quantised checkpoint, an MLX or ONNX package, a model folder nor a "
-                     "reference file (.json)")
+                     "reference file (.json or llama-perplexity's)")
 
 
 def _checked(backend: str | None) -> str | None:
@@ -75,12 +76,14 @@ def open_backend(path: str | Path, backend: str | None, device: str, **options):
 
 
 def open_package(path: str | Path, backend: str | None = None, device: str = "cpu", *, kv_bits: int | None = None,
-                 trust_remote_code: bool = False, accuracy_level: int | None = None):
+                 trust_remote_code: bool = False, accuracy_level: int | None = None, kv_type: str | None = None,
+                 kv_rotation: bool = True):
     """A package's backend: llama.cpp for a GGUF unless `backend` says torch, torch for a checkpoint, mlx for MLX,
     onnxruntime for ONNX.
 
     A float model's folder is a package if MLX wrote it, or with `backend` "mlx". kv_bits, trust_remote_code: see
-    `MlxBackend`; accuracy_level: see `OnnxBackend`; InputError for other backends.
+    `MlxBackend`; accuracy_level: see `OnnxBackend`; kv_type, kv_rotation: see `KvCache.parse`; InputError for other
+    backends.
     """
     kind, backend = kind_of(path), _checked(backend)
     if kind == "hf" and (backend == "mlx" or (backend is None and MlxFolder(path).written_by_mlx)):
@@ -91,11 +94,14 @@ def open_package(path: str | Path, backend: str | None = None, device: str = "cp
     backend = _fitting(path, kind, backend or _RUNS[kind][0])
     for option, given, runtime, what in (("--kv-bits", kv_bits is not None, "mlx", "MLX"),
                                          ("--trust-remote-code", trust_remote_code, "mlx", "MLX"),
-                                         ("--accuracy-level", accuracy_level is not None, "onnxruntime", "ONNX")):
+                                         ("--accuracy-level", accuracy_level is not None, "onnxruntime", "ONNX"),
+                                         ("--kv-type", kv_type is not None, "llama.cpp", "GGUF"),
+                                         ("--no-kv-rotation", not kv_rotation, "llama.cpp", "GGUF")):
         if given and backend != runtime:
             raise InputError(f"{option} is for {what} packages; {path} runs in {backend}")
     own = {"mlx": {"kv_bits": kv_bits, "trust_remote_code": trust_remote_code},
-           "onnxruntime": {"accuracy_level": accuracy_level}}
+           "onnxruntime": {"accuracy_level": accuracy_level},
+           "llama.cpp": {"kv_type": kv_type, "kv_rotation": kv_rotation}}
     return open_backend(path, backend, device, **own.get(backend, {}))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from optrot_edge.errors import InputError
 from optrot_edge.runtime import backends
+from optrot_edge.runtime.kld_file import SUFFIX, KldFile, cut_chunks, is_kld, read_kld, text_tokens, write_kld
 from optrot_edge.runtime.metrics import Scores
 from optrot_edge.runtime.reference import (
     Reference,
@@ -18,23 +19,30 @@ from optrot_edge.runtime.reference import (
     write_atomically,
     write_reference,
 )
-from optrot_edge.runtime.text import PROBE, GgufTokenizer, cut_windows, open_tokenizer, text_sha256
+from optrot_edge.runtime.text import (
+    DEFAULT_WINDOWS,
+    PROBE,
+    GgufTokenizer,
+    cut_windows,
+    open_tokenizer,
+    text_sha256,
+)
 
 
 def evaluate_package(package: str | Path, *, reference: str | Path, text: str | None = None,
                      windows: int | None = None, window: int | None = None, backend: str | None = None,
                      reference_backend: str | None = None, device: str = "cpu", speed: bool = True,
                      kv_bits: int | None = None, trust_remote_code: bool = False, accuracy_level: int | None = None,
-                     progress=None) -> dict:
+                     kv_type: str | None = None, kv_rotation: bool = True, progress=None) -> dict:
     """Score `package` (a .gguf, an MLX or ONNX folder or a checkpoint folder) against `reference`.
 
-    reference: a model (.gguf, Hugging Face or MLX folder, checkpoint) or a reference file (.json, .json.gz).
-    text: the evaluation text; optional with a reference file, which holds its windows. windows, window:
-    how many (default: all there are, at most 32) of how many tokens (default 256). backend,
+    reference: a model (.gguf, Hugging Face or MLX folder, checkpoint) or a reference file (.json, .json.gz, or one of
+    llama-perplexity's, see `kld_file`). text: the evaluation text; optional with a reference file, which holds its
+    windows. windows, window: how many (default: all there are, at most 32) of how many tokens (default 256). backend,
     reference_backend: "llama.cpp", "mlx", "onnxruntime" or "torch", default by kind. speed: also time the runtime.
     kv_bits: 4 or 8, keep an MLX package's keys and values in so many bits. trust_remote_code: run the model files that
-    MLX folders bring. accuracy_level: run an ONNX package at this one (see `OnnxBackend`). progress: called with (done,
-    total, what).
+    MLX folders bring. accuracy_level: run an ONNX package at this one (see `OnnxBackend`). kv_type, kv_rotation: the
+    KV cache of a GGUF (see `KvCache.parse`). progress: called with (done, total, what).
 
     The package's own tokenizer cuts the text; BOS begins every window if the package adds BOS. KL is in nats.
     `kl_is_lower_bound` is true against a reference file: the KL then lies between `kl_mean` and
@@ -47,9 +55,9 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
     reference = backends.local_path(reference)
     from_file = backends.kind_of(reference) == "reference"
     with backends.open_package(package, backend, device, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
-                               accuracy_level=accuracy_level) as runner:
+                               accuracy_level=accuracy_level, kv_type=kv_type, kv_rotation=kv_rotation) as runner:
         if from_file:
-            stored = read_reference(reference)
+            stored = read_kld(reference) if is_kld(reference) else read_reference(reference)
             chosen = _windows_of(stored, package, runner, text, windows, window)
             scores = _score_against_file(runner, stored, chosen, progress)
             source, used = f"{stored.model} (from {Path(reference).name})", stored.runtime
@@ -63,17 +71,21 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
                 scores = score_windows(runner, original, tokens, progress)
                 source, used = original.name, f"{original.runtime} ({original.version})"
             count, length = tokens.shape
-        report = scores.summary()
-        if not from_file:  # the KL is exact
+        report, bounds = scores.summary(), from_file and stored.truncated
+        if not bounds:  # the KL is exact
             for part in (report, report.get("finite_windows", {})):
                 for key in ("kl_upper_bound", "kl_estimate", "kl_estimate_se"):
                     part.pop(key, None)
-        report |= {"kl_is_lower_bound": from_file, "window": length, "window_kl": _listed(scores.window_kl)}
+        report |= {"kl_is_lower_bound": bounds, "window": length, "window_kl": _listed(scores.window_kl)}
         report |= {"package": Path(package).name, "reference": source, "reference_runtime": used,
                    "runtime": f"{runner.runtime} ({runner.version})", "device": device,
-                   "text_sha256": stored.text_sha256 if from_file else text_sha256(text)}
+                   "text_sha256": text_sha256(text) if text else stored.text_sha256}
+        if from_file and stored.first:
+            report["first_position"] = stored.first  # of those scored in every window
         if kv_bits is not None:
             report["kv_bits"] = kv_bits
+        if kv_type is not None:
+            report |= {"kv_type": kv_type, "kv_rotation": runner.kv_cache.rotated}
         if getattr(runner, "accuracy_level", None) is not None:
             report["accuracy_level"] = runner.accuracy_level
         report |= _speed(runner, speed)
@@ -87,18 +99,37 @@ def write_report(path: str | Path, report: dict) -> None:
 
 
 def write_reference_file(model: str | Path, out: str | Path, *, text: str, windows: int | None = None,
-                         window: int | None = None, top_k: int = 64, backend: str | None = None,
-                         device: str = "cpu", trust_remote_code: bool = False, progress=None) -> Reference:
-    """Score `text` with `model` and write a reference file. Arguments as in `evaluate_package`."""
+                         window: int | None = None, top_k: int | None = None, backend: str | None = None,
+                         device: str = "cpu", trust_remote_code: bool = False, progress=None) -> Reference | KldFile:
+    """Score `text` with `model` and write a reference file. Arguments as in `evaluate_package`.
+
+    top_k: log-probabilities kept per position, by default 64. A file whose name ends in .kld is llama-perplexity's
+    (see `kld_file`): all log-probabilities of the second halves of consecutive chunks from the text's beginning on, of
+    512 tokens by default.
+    """
     model = backends.local_path(model)
+    if Path(out).suffix == SUFFIX:
+        if top_k is not None:
+            raise InputError(f"{out}: a {SUFFIX} file holds all log-probabilities; leave --top-k out, or write a .json")
+        return _write_kld(model, out, text, window, windows, backend, device, trust_remote_code, progress)
     tokens = tokenize_for(model, None, text, window, windows)
     tokenizer = open_tokenizer(model)
     probe = {"text": PROBE, "ids": tokenizer.tokenize(PROBE)}
     tokenizer.close()
     with backends.open_reference(model, backend, device, trust_remote_code=trust_remote_code) as original:
         _fits(original, tokens)
-        return write_reference(out, original, tokens, top_k=top_k, text_sha256=text_sha256(text), probe=probe,
-                               progress=progress)
+        return write_reference(out, original, tokens, top_k=64 if top_k is None else top_k,
+                               text_sha256=text_sha256(text), probe=probe, progress=progress)
+
+
+def _write_kld(model, out, text: str, window, windows, backend, device, trust_remote_code, progress) -> KldFile:
+    tokenizer = open_tokenizer(model)
+    tokens = cut_chunks(text_tokens(tokenizer, text), window, windows, DEFAULT_WINDOWS)
+    bos = tokenizer.bos if tokenizer.adds_bos else None
+    tokenizer.close()
+    with backends.open_reference(model, backend, device, trust_remote_code=trust_remote_code) as original:
+        _fits(original, tokens)
+        return write_kld(out, original, tokens, bos=bos, progress=progress)
 
 
 def tokenize_for(package: str | Path, reference: str | Path | None, text: str | None, window: int | None,
@@ -152,7 +183,7 @@ def _fits(backend, tokens: np.ndarray) -> None:
                          f"{backend.context_length} tokens of {backend.name}; use a shorter --window")
 
 
-def _windows_of(stored: Reference, package, runner, text: str | None, windows: int | None,
+def _windows_of(stored: Reference | KldFile, package, runner, text: str | None, windows: int | None,
                 window: int | None) -> list[int]:
     """Indices of the reference file's windows to use, after checking that package and text fit it."""
     count, length = stored.tokens.shape
@@ -160,16 +191,25 @@ def _windows_of(stored: Reference, package, runner, text: str | None, windows: i
         raise InputError(f"the reference file holds windows of {length} tokens, not {window}")
     if windows is not None and not 1 <= windows <= count:
         raise InputError(f"the reference file holds {count} windows; {windows} were asked for")
+    _same_vocabulary(runner, stored.vocab_size, stored.model)
+    _fits(runner, stored.tokens)
+    if isinstance(stored, KldFile):
+        tokenizer = open_tokenizer(package)
+        stored.adopt(tokenizer, text)
+        tokenizer.close()
+    else:
+        _same_text(stored, package, text)
+    return np.linspace(0, count - 1, windows or count).astype(int).tolist()
+
+
+def _same_text(stored: Reference, package, text: str | None) -> None:
     if text is not None and stored.text_sha256 is not None and text_sha256(text) != stored.text_sha256:
         raise InputError("the reference file was written from another text; leave --text out, or give that "
                          "text")
-    _same_vocabulary(runner, stored.vocab_size, stored.model)
-    _fits(runner, stored.tokens)
     if stored.probe is not None:
         tokenizer = open_tokenizer(package)
         _same_ids(tokenizer.tokenize(stored.probe["text"]), stored.probe["ids"], package, stored.model)
         tokenizer.close()
-    return np.linspace(0, count - 1, windows or count).astype(int).tolist()
 
 
 def score_windows(runner, original, tokens: np.ndarray, progress=None) -> Scores:
@@ -188,10 +228,10 @@ def score_windows(runner, original, tokens: np.ndarray, progress=None) -> Scores
     return scores
 
 
-def _score_against_file(runner, stored: Reference, chosen: list[int], progress) -> Scores:
+def _score_against_file(runner, stored: Reference | KldFile, chosen: list[int], progress) -> Scores:
     scores = Scores()
     for done, got in enumerate(runner.iter_logits(stored.tokens[chosen], progress=progress)):
-        scores.add_truncated(stored, chosen[done], got)
+        scores.add_from_file(stored, chosen[done], got)
         if progress:
             progress(done + 1, len(chosen), "windows")
     return scores

@@ -13,7 +13,8 @@ import numpy as np
 
 from optrot_edge.errors import InputError
 from optrot_edge.runtime.imports import require
-from optrot_edge.runtime.llama_library import available_threads, errors, load_library, probe, why
+from optrot_edge.runtime.llama_kv_cache import KvCache
+from optrot_edge.runtime.llama_library import available_threads, errors, load_library, notes, probe, why
 from optrot_edge.runtime.llama_r4 import R4Callback, architecture_override
 from optrot_edge.runtime.text import check_ids
 
@@ -28,15 +29,18 @@ class LlamaCppBackend:
     path: the GGUF. n_ctx: longest sequence in tokens, None for the model's training context (memory
     for the KV cache is taken as sequences need it). n_batch: tokens per `llama_decode`; one micro-batch
     each. device: "cpu", "cuda" or "mps" (all layers on the GPU), "auto" for a GPU when the build has one.
-    vocab_only: tokenise only. Raises InputError when the file cannot be loaded. A file with R4 (see
-    `optrot_edge.models.gguf_r4`) is loaded under its base architecture, and R4 applied by `r4` or an `R4Callback`.
+    vocab_only: tokenise only. kv_type, kv_rotation: of the KV cache, see `KvCache.parse`. Raises InputError when the
+    file cannot be loaded. A file with R4 (see `optrot_edge.models.gguf_r4`) is loaded under its base architecture, and
+    R4 applied by `r4` or an `R4Callback`.
     """
 
     runtime = "llama.cpp"
 
     def __init__(self, path: str | Path, n_ctx: int | None = None, *, n_threads: int | None = None,
-                 n_batch: int = 512, device: str = "cpu", vocab_only: bool = False, r4=None):
+                 n_batch: int = 512, device: str = "cpu", vocab_only: bool = False, kv_type: str | None = None,
+                 kv_rotation: bool = True, r4=None):
         self._model = self._ctx = self._batch = None
+        self.kv_cache = KvCache.parse(kv_type, kv_rotation)
         self.path = Path(path)
         from optrot_edge.models.gguf_file import GGUFFile  # gguf is needed here only
         from optrot_edge.models.gguf_r4 import base_architecture, read_r4_block
@@ -182,10 +186,10 @@ class LlamaCppBackend:
             if self._r4:
                 self._r4.install(params)
             errors.clear()
-            self._ctx = c.llama_init_from_model(self._model, params)
+            self._ctx = self.kv_cache.make_context(c, self._model, params, notes)
             if not self._ctx:
-                raise InputError(f"{self.path}: llama.cpp cannot make a context of {length} tokens: "
-                                 f"{why(errors)}")
+                raise InputError(f"{self.path}: llama.cpp cannot make a context of {length} tokens with keys in "
+                                 f"{self.kv_cache.keys} and values in {self.kv_cache.values}: {why(errors)}")
             self._batch = c.llama_batch_init(params.n_batch, 0, 1)
             self._capacity = params.n_batch
         c.llama_memory_clear(c.llama_get_memory(self._ctx), False)

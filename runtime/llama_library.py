@@ -40,6 +40,7 @@ if not vocab_only:
 _probed: set[tuple] = set()
 
 errors: collections.deque[str] = collections.deque(maxlen=20)
+notes: collections.deque[str] = collections.deque(maxlen=20)  # what llama.cpp says of a context's cache
 _log_callback = None  # must outlive every call into llama.cpp
 
 
@@ -51,6 +52,8 @@ def load_library():
         def keep(level, text, data):
             if level == 4:  # GGML_LOG_LEVEL_ERROR
                 errors.append(text.decode("utf-8", errors="replace").strip())
+            elif b"attn_rot_" in text:
+                notes.append(text.decode("utf-8", errors="replace"))
 
         _log_callback = llama.llama_log_callback(keep)
         llama.llama_log_set(_log_callback, ctypes.c_void_p(0))

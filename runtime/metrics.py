@@ -100,9 +100,10 @@ class Scores:
         self.nll_reference.append(nll_reference)
         self.agree.append(agree)
 
-    def add_truncated(self, reference, window: int, package: np.ndarray) -> None:
-        """One window against a reference file (`optrot_edge.runtime.reference.Reference`)."""
-        tokens = reference.tokens[window]
+    def add_from_file(self, reference, window: int, package: np.ndarray) -> None:
+        """One window against a reference file (`reference.Reference` or `kld_file.KldFile`), from its first scored
+        position on."""
+        tokens, package = reference.tokens[window, reference.first:], package[reference.first:]
         nll_reference = reference.nll[window].astype(np.float64)
         if self._add_nonfinite(package, len(tokens) - 1, nll_reference):
             return

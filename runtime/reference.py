@@ -24,6 +24,7 @@ full KL; its standard error over positions covers the drawing too.
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -58,7 +59,7 @@ class Reference:
 
     tokens int32 [b, n]; top_ids int32 and top_logp float32 [b, n - 1, k], most likely first; tail float64
     and nll float32 [b, n - 1] (probability; nats); tail_ids, tail_logp [b, n - 1, s] drawn tokens.
-    probe: a text and its ids in the reference's tokenizer.
+    probe: a text and its ids in the reference's tokenizer. first: the first scored position of a window.
     """
 
     tokens: np.ndarray
@@ -73,6 +74,8 @@ class Reference:
     runtime: str
     text_sha256: str | None = None
     probe: dict | None = None
+    truncated = True  # to the most likely tokens: the KL is a lower bound
+    first = 0
 
     def compare(self, window: int, logits: np.ndarray) -> Comparison:
         """Window number `window` against the package's finite logits [n, vocab]."""
@@ -208,18 +211,26 @@ def save_reference(path: str | Path, reference: Reference) -> None:
     write_atomically(path, payload)
 
 
-def write_atomically(path: Path, payload: bytes) -> None:
-    """Write beside `path` and rename, so that no half-written file is left. Raises InputError."""
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A handle to write beside `path`, renamed at the end, so that no half-written file is left. Raises InputError."""
     partial = path.with_name(path.name + ".partial")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(payload)
+            with partial.open("wb") as handle:
+                yield handle
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Write `payload` as the whole file `path`, or nothing. Raises InputError."""
+    with whole_file(path) as handle:
+        handle.write(payload)
 
 
 def read_reference(path: str | Path) -> Reference:

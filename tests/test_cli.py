@@ -116,6 +116,17 @@ def test_reference_file_then_eval_without_the_model(files, tmp_path, capfd):
     refused(capfd, "reference", files["model"], "--text", files["text"], "--out", ref, says="exists")
 
 
+def test_llama_perplexitys_reference_file(files, tmp_path, capfd):
+    ref, asked = tmp_path / "ref.kld", ["reference", files["model"], "--text", files["text"], "--windows", 2]
+    refused(capfd, *asked, "--out", ref, "--top-k", 8, says="leave --top-k out")
+    run_ok(*asked, "--window", 32, "--out", ref, "--json", "--quiet")
+    assert json.loads(capfd.readouterr().out)["window"] == 32
+    run_ok("eval", files["gguf"], "--reference", ref)
+    run_ok("eval", files["checkpoint"], "--reference", ref, "--quiet")
+    assert "positions scored │ 16 to 30 of every window" in " ".join(capfd.readouterr().out.split())
+    assert left(tmp_path) == ["ref.kld"]
+
+
 def test_eval_within_a_tiny_context(files, tmp_path, capfd):
     """The timing of llama.cpp, too, stays within a context of 8 tokens."""
     model = save_model(tmp_path / "model", "mistral_window")

@@ -1,8 +1,8 @@
 """Small random models of every family, saved as Hugging Face folders, and small tokenizers.
 
 `CASES` names the variants. Every linear's input width is a multiple of 32, so that the GGUF block
-types apply; hidden sizes are not powers of two in most cases; norm gains and biases are random. "wide", which is not
-among them, has rows that fill super-blocks of 256.
+types apply; hidden sizes are not powers of two in most cases; norm gains and biases are random. `WIDE`, one of each
+family, have rows that fill super-blocks of 256.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_fre
 _BASE = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6,
          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
          "tie_word_embeddings": False, "rope_parameters": _ROPE, "bos_token_id": 1, "eos_token_id": 2}
+_WIDE = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 1}
 _VARIANTS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
     "llama3_rope": ("llama", {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32,
@@ -40,10 +41,13 @@ _VARIANTS: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {"num_attention_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6}),
     "qwen3_tied": ("qwen3", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
                              "head_dim": 32, "tie_word_embeddings": True}),
-    "wide": ("llama", {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 512,
-                       "num_hidden_layers": 1}),
+    "wide": ("llama", _WIDE),
+    "wide_mistral": ("mistral", {**_WIDE, "sliding_window": None}),
+    "wide_qwen2": ("qwen2", {**_WIDE, "head_dim": None, "tie_word_embeddings": True}),
+    "wide_qwen3": ("qwen3", {**_WIDE, "head_dim": 128}),
 }
-CASES = [case for case in _VARIANTS if case != "wide"]
+WIDE = [case for case in _VARIANTS if case.startswith("wide")]
+CASES = [case for case in _VARIANTS if case not in WIDE]
 
 
 def tiny_config(case: str, vocab_size: int = VOCAB_SIZE):

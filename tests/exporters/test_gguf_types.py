@@ -13,8 +13,10 @@ from optrot_edge.checkpoint import GGUF_GRIDS, QuantizedCheckpoint
 from optrot_edge.exporters.gguf import export_gguf
 from optrot_edge.gridspec import FALLBACKS, fitting_type
 from optrot_edge.models import open_model
+from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from tests.exporters.gguf_models import write_checkpoint
 from tests.exporters.test_gguf import check_logits
+from tests.tiny_models import WIDE, random_tokens
 
 FILE_TYPES = {"q2_k": "Q2_K", "q3_k": "Q3_K_S", "q4_k": "Q4_K_S", "q5_k": "Q5_K_S", "mxfp4": "MXFP4_MOE"}
 
@@ -43,6 +45,25 @@ def test_every_type_in_llama_cpp(grid, tmp_path):
     name = "layers.0.down_proj.weight"
     read = open_model(tmp_path / "m.gguf").layer(0)["down_proj.weight"].float().numpy()
     np.testing.assert_array_equal(read, QuantizedCheckpoint(tmp_path / "checkpoint").weights(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [*GGUF_GRIDS, "float16"])
+@pytest.mark.parametrize("case", WIDE)
+def test_every_type_and_family(case, grid, tmp_path):
+    """Loads, computes what the checkpoint decodes to, and writes the same tokens every time it is opened."""
+    tokenizer = "qwen2" if "qwen" in case else "smollm"
+    checkpoint = write_checkpoint(tmp_path, case, grid, grid, tokenizer=tokenizer)
+    export_gguf(checkpoint, tmp_path / "m.gguf")
+    assert matrix_types(tmp_path / "m.gguf") == {grid.upper().replace("FLOAT", "F")}
+    largest, spread = check_logits(checkpoint, tmp_path / "m.gguf")
+    assert spread < 0.03 and largest < 0.2
+    answers, prompt = [], random_tokens(1, 12)[0].numpy()
+    for _ in range(2):
+        with LlamaCppBackend(tmp_path / "m.gguf") as backend:
+            answers += [backend.generate(prompt, 24), backend.generate(prompt, 24)]
+            assert not answers[0] or answers[0][0] == backend.logits(prompt)[-1].argmax()
+    assert answers[1:] == answers[:-1]
 
 
 @pytest.mark.parametrize("grid", FALLBACKS)

@@ -125,7 +125,7 @@ def test_real_logits_are_enclosed_and_compact(tmp_path, tiny, noisy):
         pairs = zip(original.iter_logits(tokens), package.iter_logits(tokens), strict=True)
         for b, (p, q) in enumerate(pairs):
             exact.add(p, q, tokens[b])
-            truncated.add_truncated(reference, b, q)
+            truncated.add_from_file(reference, b, q)
     full, bounded = exact.summary(), truncated.summary()
     assert bounded["kl_mean"] < full["kl_mean"] < bounded["kl_upper_bound"]
     assert bounded["kl_estimate"] == pytest.approx(full["kl_mean"], abs=3 * bounded["kl_estimate_se"])
