@@ -20,28 +20,8 @@ from gguf import GGUFValueType, TokenType
 
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gguf_entries import Entries, array, boolean, read_entries, string, u32
+from optrot_edge.exporters.pre_tokenizers import identify
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + r"\p{N}{1,3}" + _REST
-_QWEN2 = _CONTRACTIONS + r"\p{N}" + _REST
-_BYTES = ("ByteLevel", False)  # the byte alphabet only
-_GPT2 = ("ByteLevel", True)  # GPT-2's regex, then the byte alphabet
-
-# (tokenizer.ggml.pre, pre-tokenizer steps, ignore_merges, normalisers), after llama.cpp's
-# llama-vocab.cpp; "smaug-bpe" is its name for Llama-3's regex with the merges always applied.
-PRE_TOKENIZERS = (
-    ("llama-bpe", (("Split", _LLAMA3), _BYTES), True, ((),)),
-    ("smaug-bpe", (("Split", _LLAMA3), _BYTES), False, ((),)),
-    ("qwen2", (("Split", _QWEN2), _BYTES), False, ((), (("NFC",),))),
-    ("smollm", (("Digits", True), _GPT2), False, ((),)),
-    ("gpt-2", (_GPT2,), False, ((),)),
-)
-# Names that llama.cpp reads as one of those above.
-ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "midm-2.0": "llama-bpe",
-           "dbrx": "smaug-bpe", "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "starcoder": "smollm",
-           "refact": "smollm", "minerva-7b": "smollm", "phi-2": "gpt-2", "mellum": "gpt-2"}
-SPACE = "\u2581"  # SentencePiece's visible space
 _UNMERGEABLE = -1e6  # score of tokens that no merge may form; the merges' scores are -1, -2, ...
 
 
@@ -99,66 +79,6 @@ def _from_hugging_face(folder: Path, vocab_size: int, special_ids: dict[str, int
         raise InputError(f"{path}: damaged or incomplete ({error!r}); restore it or pass "
                          "--vocab-from FILE.gguf") from None
     return entries | _special_entries(path, special, special_ids)
-
-
-def identify(definition: dict) -> tuple[str, str, bool]:
-    """(tokenizer.ggml.model, tokenizer.ggml.pre, add_space_prefix) of a tokenizer.json.
-
-    Raises InputError for a tokenizer that is not in the table.
-    """
-    model = definition["model"]
-    unknown = InputError("no pre-tokenizer of llama.cpp is known to match this tokenizer; pass "
-                         "--vocab-from FILE.gguf to copy the vocabulary of a published GGUF")
-    if model.get("type", "BPE") != "BPE" or model.get("dropout") \
-            or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise unknown
-    steps = tuple(_step(s) for s in _flatten(definition.get("pre_tokenizer"), "pretokenizers"))
-    normalisers = tuple(_step(s) for s in _flatten(definition.get("normalizer"), "normalizers"))
-    ignore_merges = bool(model.get("ignore_merges"))
-    if model.get("byte_fallback"):
-        spaces = {(): None, (("Prepend", SPACE), ("Replace", " ", SPACE)): True,
-                  (("Replace", " ", SPACE),): False}.get(normalisers, "unknown")
-        if spaces is None and len(steps) == 1 and steps[0][0] == "Metaspace":
-            spaces, steps = steps[0][1], ()
-        if isinstance(spaces, bool) and not steps and not ignore_merges:
-            return "llama", "default", spaces
-        raise unknown
-    for name, wanted, ignore, allowed in PRE_TOKENIZERS:
-        if steps == wanted and ignore == ignore_merges and normalisers in allowed:
-            return "gpt2", name, False
-    raise unknown
-
-
-def _flatten(step: dict | None, key: str) -> list[dict]:
-    """A step, or the steps of a (nested) Sequence."""
-    if step is None:
-        return []
-    if step["type"] == "Sequence":
-        return [inner for part in step[key] for inner in _flatten(part, key)]
-    return [step]
-
-
-def _step(step: dict) -> tuple:
-    """What matters of a normaliser or pre-tokenizer step; the whole of it when it is not a known one."""
-    kind = step["type"]
-    whole = (kind, json.dumps(step, sort_keys=True))
-    if kind == "ByteLevel":
-        return whole if step.get("add_prefix_space", True) else (kind, step.get("use_regex", True))
-    if kind == "Split":  # to keep the matches, or to remove what lies between them
-        mode = (step.get("behavior"), bool(step.get("invert")))
-        regex = step["pattern"].get("Regex")
-        return (kind, regex) if regex and mode in (("Isolated", False), ("Removed", True)) else whole
-    if kind == "Digits":
-        return kind, bool(step.get("individual_digits"))
-    if kind == "Metaspace":
-        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        plain = step.get("replacement") == SPACE and step.get("split", True) is False
-        return (kind, scheme != "never") if plain else whole
-    if kind == "Prepend":
-        return kind, step["prepend"]
-    if kind == "Replace":
-        return kind, step["pattern"].get("String"), step["content"]
-    return (kind,) if set(step) == {"type"} else whole
 
 
 def _tokens(definition: dict, vocab_size: int, *, sentencepiece: bool) -> tuple[list[str], list[int]]:

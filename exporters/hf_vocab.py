@@ -1,7 +1,7 @@
 """`tokenizer.*` keys of a GGUF → a `tokenizers.Tokenizer` that gives llama.cpp's ids.
 
 What llama.cpp does is read from its llama-vocab.cpp (as in llama-cpp-python 0.3.36). Pre-tokenizers come from
-`gguf_vocab.PRE_TOKENIZERS`; a name that is not there is refused. Control tokens are special tokens; set
+`pre_tokenizers.PRE_TOKENIZERS`; a name that is not there is refused. Control tokens are special tokens; set
 `encode_special_tokens` to have them read as plain text, as llama.cpp does unless it is asked to parse them.
 
 Where the ids can differ all the same:
@@ -28,7 +28,7 @@ from gguf import TokenType
 
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gguf_entries import Entries, read_entries
-from optrot_edge.exporters.gguf_vocab import ALIASES, PRE_TOKENIZERS, SPACE
+from optrot_edge.exporters.pre_tokenizers import ADD_BOS, ALIASES, PRE_TOKENIZERS, SPACE
 from optrot_edge.exporters.spm_merges import merges_of_scores
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _vocabulary(entries: Entries) -> Vocabulary:
                  if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")}
     return Vocabulary(
         kind, pre, tokens, types, merges, bool(value("tokenizer.ggml.add_space_prefix", True)), ids,
-        bool(value("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")),
+        bool(value("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ADD_BOS)),
         bool(value("tokenizer.ggml.add_eos_token", False)), templates)
 
 

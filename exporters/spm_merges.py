@@ -17,7 +17,7 @@ from math import inf
 from gguf import TokenType
 
 from optrot_edge.errors import InputError
-from optrot_edge.exporters.gguf_vocab import SPACE
+from optrot_edge.exporters.pre_tokenizers import SPACE
 
 Ranked = list[tuple[float, tuple[str, str]]]
 _LONGEST_RUN = 64  # that is tried; the work grows with its cube

@@ -10,18 +10,21 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import pytest
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gguf import export_gguf
 from optrot_edge.exporters.gguf_entries import read_entries, same_value
-from optrot_edge.exporters.gguf_vocab import identify, sentencepiece_scores, vocabulary
+from optrot_edge.exporters.gguf_vocab import sentencepiece_scores, vocabulary
+from optrot_edge.exporters.pre_tokenizers import identify
 from optrot_edge.models import open_model
 from tests.exporters.gguf_models import llama_ids, load_llama, write_checkpoint
 from tests.exporters.gguf_tokenizers import (
+    ADDS_BOS,
     BYTE_LEVEL,
     LARGE,
     TEXTS,
+    comparable,
     edit,
     hugging_face_of,
     join_across_words,
@@ -58,13 +61,6 @@ def check_ids(reference: Tokenizer, model: llama_cpp.Llama, texts: list[str]) ->
         assert llama_ids(model, text) == expected, text[:80]
 
 
-def composed(kind: str, texts: list[str]) -> list[str]:
-    """The texts, in NFC where the tokenizer normalises: llama.cpp does not."""
-    nfc = normalizers.NFC()
-    assert any(nfc.normalize_str(text) != text for text in texts)
-    return [nfc.normalize_str(text) for text in texts] if kind == "qwen2" else texts
-
-
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_byte_level_ids_equal_llama_cpp(kind, tiny_checkpoint, tmp_path):
     folder = make_byte_level(tmp_path / "tokenizer", kind)
@@ -73,13 +69,13 @@ def test_byte_level_ids_equal_llama_cpp(kind, tiny_checkpoint, tmp_path):
     texts = TEXTS + [f"a {token} b{token}{token}\n" for token in specials]
     model = with_tokenizer(tiny_checkpoint, folder, tmp_path / "m.gguf")
     try:
-        check_ids(reference, model, composed(kind, texts))
+        check_ids(reference, model, [comparable(kind, text) for text in texts])
         with_bos = reference.encode("Hi there", add_special_tokens=True).ids
         assert model.tokenize(b"Hi there", add_bos=True, special=True) == with_bos
         vocab = llama_cpp.llama_model_get_vocab(model.model)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         assert llama_cpp.llama_vocab_eos(vocab) == reference.token_to_id(config["eos_token"])
-        assert llama_cpp.llama_vocab_get_add_bos(vocab) == (kind in ("llama-bpe", "smaug-bpe"))
+        assert llama_cpp.llama_vocab_get_add_bos(vocab) == (kind in ADDS_BOS)
         assert "messages" in model.metadata["tokenizer.chat_template"]
         assert model.metadata["tokenizer.ggml.pre"] == kind
     finally:
@@ -93,7 +89,7 @@ def test_pre_tokenizer_is_the_only_one_that_fits(kind, large_checkpoint, tmp_pat
     join_across_words(folder)
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
     with_tokenizer(large_checkpoint, folder, tmp_path / "m.gguf").close()
-    texts = composed(kind, TEXTS)
+    texts = [comparable(kind, text) for text in TEXTS]
     expected = [reference.encode(text, add_special_tokens=False).ids for text in texts]
     for name in BYTE_LEVEL:
         model = load_llama(tmp_path / "m.gguf", kv_overrides={"tokenizer.ggml.pre": name})
