@@ -120,7 +120,7 @@ def plan_of_model(config: ModelConfig, folder: Path, *, vocab_from: Path | None 
 
 def _entries(plan: Plan, folder: Path, name: str | None, config: ModelConfig, vocab_from: Path | None) -> Entries:
     return (_general_entries(plan, folder, name, config) | _model_entries(plan.arch, config, plan.notes)
-            | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=_special_ids(config)))
+            | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=special_ids(config)))
 
 
 def _check_rotation(rotation: dict) -> None:
@@ -231,12 +231,13 @@ def _model_entries(arch: str, config: ModelConfig, notes: list[str]) -> Entries:
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
-def _special_ids(config: ModelConfig) -> dict[str, int]:
-    """Special token ids of config.json (the first where there are several)."""
+def special_ids(config: ModelConfig) -> dict[str, list[int]]:
+    """Special token ids of config.json, several where it names several."""
     ids = {}
     for name in ("bos", "eos", "pad"):
         value = config.extra.get(f"{name}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and 0 <= value < config.vocab_size:
-            ids[name] = value
+        found = [i for i in (value if isinstance(value, list) else [value])
+                 if isinstance(i, int) and 0 <= i < config.vocab_size]
+        if found:
+            ids[name] = found
     return ids

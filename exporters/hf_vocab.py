@@ -29,6 +29,7 @@ from gguf import TokenType
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gguf_entries import Entries, read_entries
 from optrot_edge.exporters.pre_tokenizers import ADD_BOS, ALIASES, PRE_TOKENIZERS, SPACE
+from optrot_edge.exporters.special_tokens import ENDS
 from optrot_edge.exporters.spm_merges import merges_of_scores
 
 if TYPE_CHECKING:
@@ -37,11 +38,6 @@ if TYPE_CHECKING:
 
 _INSTEAD = "start from the model's Hugging Face folder instead of its GGUF"
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
-# llama.cpp ends an answer at these, and makes them control tokens whatever the file says.
-_ENDS = frozenset((
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["))
 _IDS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # what llama.cpp takes where the file is silent
 _TEMPLATE = "tokenizer.chat_template"
@@ -98,7 +94,7 @@ def _vocabulary(entries: Entries) -> Vocabulary:
         raise InputError("llama.cpp strips the space after special tokens of models called phi-3, which is not "
                          "supported here")
     tokens = [token.decode() or f"[EMPTY_{i}]" for i, token in enumerate(value("tokenizer.ggml.tokens", ()))]
-    types = [TokenType.CONTROL if token in _ENDS else TokenType(number) for token, number
+    types = [TokenType.CONTROL if token in ENDS else TokenType(number) for token, number
              in zip(tokens, value("tokenizer.ggml.token_type", ()), strict=True)]
     ids = {name: value(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()}
     ids = {name: token for name, token in ids.items() if token is not None}

@@ -65,6 +65,7 @@ class GgufFormat:
     @staticmethod
     def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
+        from optrot_edge.exporters.gguf_plan import special_ids
         from optrot_edge.exporters.gguf_vocab import vocabulary
 
         given = [("--type", recipe.grid), ("--embedding-type", recipe.embedding_type),
@@ -80,7 +81,8 @@ class GgufFormat:
         if "r3" in which:
             raise InputError("--rotate r3: llama.cpp rotates a quantised K/V cache itself; leave r3 out for GGUF")
         own = source.path if source.kind == "gguf" else None
-        vocabulary(source.path, source.config.vocab_size, vocab_from=options.vocab_from or own)
+        vocabulary(source.path, source.config.vocab_size, vocab_from=options.vocab_from or own,
+                   special_ids=special_ids(source.config))
 
     @staticmethod
     def metadata_bytes(source, options: PackageOptions) -> int:

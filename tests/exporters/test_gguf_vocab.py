@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gguf import export_gguf
 from optrot_edge.exporters.gguf_entries import read_entries, same_value
-from optrot_edge.exporters.gguf_vocab import sentencepiece_scores, vocabulary
+from optrot_edge.exporters.gguf_vocab import vocabulary
 from optrot_edge.exporters.pre_tokenizers import identify
+from optrot_edge.exporters.spm_merges import sentencepiece_scores
 from optrot_edge.models import open_model
 from tests.exporters.gguf_models import llama_ids, load_llama, write_checkpoint
 from tests.exporters.gguf_tokenizers import (
@@ -237,7 +238,10 @@ def test_unknown_definitions_are_refused(change, tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda data: data["added_tokens"][0].update(lstrip=True), "strips its surroundings"),
     (lambda data: data["added_tokens"].append({"id": 40, "content": "<|im_end|>", "special": True}),
-     "occurs twice"),
+     "has the id 40, but the tokenizers library gives it 2"),
+    (lambda data: data["added_tokens"].append({"id": 600, "content": "<new>"}),
+     "has the id 600, but the tokenizers library gives it 512"),
+    (lambda data: data["model"]["vocab"].update({"a": 99}), "two tokens have the same id"),
     (lambda data: data["model"].pop("vocab"), "damaged or incomplete"),
     (lambda data: data.pop("model"), "damaged or incomplete"),
 ])
@@ -253,7 +257,7 @@ def test_tokenizer_without_an_end_is_refused(tmp_path):
     edit(folder / "tokenizer_config.json", lambda data: data.pop("eos_token"))
     with pytest.raises(InputError, match="no end-of-sequence token"):
         vocabulary(folder, VOCAB_SIZE)
-    keys = vocabulary(folder, VOCAB_SIZE, special_ids={"eos": 7})
+    keys = vocabulary(folder, VOCAB_SIZE, special_ids={"eos": [7]})
     assert keys["tokenizer.ggml.eos_token_id"].value == 7
 
 
