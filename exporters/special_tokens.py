@@ -49,7 +49,7 @@ def special_entries(folder: Path, tokens: list[str], post_processor: dict | None
         raise InputError(f"{first!r} is put before every text, but the bos token is {tokens[ids['bos']]!r}; GGUF can "
                          "only add bos")
     if last and ids.get("eos") != (token := _id(tokens, last)):
-        ends, ids["eos"] = [ids["eos"], *ends] if "eos" in ids else ends, token
+        ids |= {"eos": token} | ({"eot": ids["eos"]} if "eos" in ids else {})
     if "eos" not in ids and ends:
         ids["eos"] = ends[0]
     if "eos" not in ids:  # llama.cpp would stop at token 11

@@ -19,6 +19,7 @@ from optrot_edge.exporters.gguf_vocab import vocabulary
 from optrot_edge.exporters.pre_tokenizers import identify
 from optrot_edge.exporters.spm_merges import sentencepiece_scores
 from optrot_edge.models import open_model
+from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from tests.exporters.gguf_models import llama_ids, load_llama, write_checkpoint
 from tests.exporters.gguf_tokenizers import (
     ADDS_BOS,
@@ -32,6 +33,7 @@ from tests.exporters.gguf_tokenizers import (
     make_byte_level,
     make_sentencepiece,
 )
+from tests.exporters.hf_folders import write_vocab
 from tests.tiny_models import VOCAB_SIZE
 
 
@@ -189,6 +191,57 @@ def test_vocab_from_must_fit(tiny_checkpoint, tmp_path):
         vocabulary(tmp_path, 512, vocab_from=tmp_path / "missing.gguf")
     with pytest.raises(InputError, match="neither vocab.gguf nor tokenizer.json"):
         vocabulary(tmp_path, 512)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-2"])
+@pytest.mark.parametrize("size", [505, 514, 520])
+def test_vocabulary_of_another_size_of_the_family(kind, size, tmp_path):
+    """Sizes of a model pad the embedding otherwise: unused tokens come and go, and the ids stay."""
+    folder = tmp_path / "source"
+    make_byte_level(folder, kind, 500) if kind == "qwen2" else make_sentencepiece(folder)
+    path = write_vocab(tmp_path / "v.gguf", vocabulary(folder, 512))
+    keys, before = vocabulary(tmp_path, size, vocab_from=path), read_entries(path)
+    arrays = {"tokens", "token_type", *(["scores"] if kind == "llama-2" else [])}
+    for key, entry in keys.items():
+        if key.removeprefix("tokenizer.ggml.") in arrays:
+            assert len(entry.value) == size and entry.value[:505] == before[key].value[:505]
+        else:
+            assert same_value(entry, before[key])
+    with LlamaCppBackend(path, vocab_only=True) as old, \
+            LlamaCppBackend(write_vocab(tmp_path / "w.gguf", keys), vocab_only=True) as new:
+        assert new.vocab_size == size
+        assert all(old.tokenize(text, special=True) == new.tokenize(text, special=True) for text in TEXTS)
+    for wrong in (499 if kind == "qwen2" else 480, 530):
+        with pytest.raises(InputError, match=f"512 tokens, but the model has {wrong} embedding rows"):
+            vocabulary(tmp_path, wrong, vocab_from=path)
+
+
+def _llama_and_hugging_face(folder: Path, text: str) -> tuple[list[int], list[int]]:
+    path = write_vocab(folder / "v.gguf", vocabulary(folder, 512))
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with LlamaCppBackend(path, vocab_only=True) as backend:
+        return (backend.tokenize(text, add_bos=False, special=True),
+                reference.encode(text, add_special_tokens=False).ids)
+
+
+def test_known_differences_of_special_tokens(tmp_path):
+    """What docs/gguf.md says llama.cpp does otherwise, it does."""
+    first = make_sentencepiece(tmp_path / "first", "first")
+    space = vocabulary(first, 512)["tokenizer.ggml.tokens"].value.index("▁")
+    found, wanted = _llama_and_hugging_face(first, "</s>zz")  # a space after every special token
+    assert found == [2, space, *wanted[1:]]
+    found, wanted = _llama_and_hugging_face(first, " zz")  # and before a text that has one
+    assert found != wanted and len(found) >= len(wanted)
+    old = make_sentencepiece(tmp_path / "old")  # as Llama-2's first files: looked for in the text as normalised
+    edit(old / "tokenizer.json", lambda data: [token.update(normalized=True) for token in data["added_tokens"]])
+    found, wanted = _llama_and_hugging_face(old, "z</s>")
+    assert found[-1] == 2 and wanted[-1] != 2
+    overlapping = make_byte_level(tmp_path / "overlapping", "smollm", 510)
+    edit(overlapping / "tokenizer.json", lambda data: data["added_tokens"].extend(
+        {"id": 510 + i, "content": text, "special": True, "normalized": False, "single_word": False, "lstrip": False,
+         "rstrip": False} for i, text in enumerate(("<<x", "x>>>>"))))
+    found, wanted = _llama_and_hugging_face(overlapping, "<<x>>>>")
+    assert 511 in found and 510 in wanted  # the longest against the first
 
 
 def test_padding_and_too_many_tokens(tmp_path):
