@@ -34,7 +34,7 @@ def vocabulary(folder: Path, vocab_size: int, *, vocab_from: Path | None = None,
     if (folder / "tokenizer.json").is_file():
         return _from_hugging_face(folder, vocab_size, special_ids or {})
     if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder, vocab_size, special_ids or {})
+        return sentencepiece_entries(folder, vocab_size, special_ids)
     raise InputError(f"{folder}: neither vocab.gguf nor tokenizer.json nor tokenizer.model; make tokenizer.json with "
                      "transformers (AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)), or pass --vocab-from "
                      "FILE.gguf to copy the vocabulary of another GGUF of this model")
@@ -85,16 +85,20 @@ def _from_hugging_face(folder: Path, vocab_size: int, special_ids: dict[str, lis
                          "--vocab-from FILE.gguf") from None
 
 
-def _from_sentencepiece(folder: Path, vocab_size: int, special_ids: dict[str, list[int]]) -> Entries:
+def sentencepiece_entries(folder: Path, vocab_size: int | None = None,
+                          special_ids: dict[str, list[int]] | None = None) -> Entries:
+    """`vocabulary` of tokenizer.model and the files beside it; `vocab_size` None: as many tokens as there are."""
     path = folder / "tokenizer.model"
     try:
         model, config = read_sentencepiece(path), read_json(folder / "tokenizer_config.json")
-        tokens, types, scores = sentencepiece_tokens(model, vocab_size, read_json(folder / "added_tokens.json"),
-                                                     config.get("added_tokens_decoder") or {})
+        added, decoder = read_json(folder / "added_tokens.json"), config.get("added_tokens_decoder") or {}
+        if vocab_size is None:
+            vocab_size = max([len(model.texts) - 1, *added.values(), *map(int, decoder)]) + 1
+        tokens, types, scores = sentencepiece_tokens(model, vocab_size, added, decoder)
         space_prefix = config.get("add_prefix_space")
         space_prefix = space_prefix if isinstance(space_prefix, bool) else model.space_prefix
         return (_token_entries("llama", "default", tokens, types) | _sentencepiece_entries(scores, space_prefix)
-                | special_entries(folder, tokens, None, add_bos=True, fallback=model.ids | special_ids))
+                | special_entries(folder, tokens, None, add_bos=True, fallback=model.ids | (special_ids or {})))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

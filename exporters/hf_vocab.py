@@ -5,6 +5,7 @@ What llama.cpp does is read from its llama-vocab.cpp (as in llama-cpp-python 0.3
 `encode_special_tokens` to have them read as plain text, as llama.cpp does unless it is asked to parse them.
 
 Where the ids can differ all the same:
+- "tekken": words are cut by Mistral's own expression, of which llama.cpp's is a rough copy beyond ASCII.
 - Special tokens that overlap in a text (one ends as another begins): llama.cpp takes the longest, this the leftmost.
 - The bos and eos tokens are special here, which transformers insists on, also where the file says "user-defined".
 - llama.cpp also makes control tokens of fill-in-the-middle marks that the file calls ordinary.
@@ -20,6 +21,7 @@ spaces before punctuation for some names (gpt-2, llama-bpe), this never does.
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +29,8 @@ from typing import TYPE_CHECKING
 from gguf import TokenType
 
 from optrot_edge.errors import InputError
-from optrot_edge.exporters.gguf_entries import Entries, read_entries
+from optrot_edge.exporters.gguf_entries import Entries, read_entries, write_entries
+from optrot_edge.exporters.gguf_vocab import sentencepiece_entries
 from optrot_edge.exporters.pre_tokenizers import ADD_BOS, ALIASES, PRE_TOKENIZERS, SPACE
 from optrot_edge.exporters.special_tokens import ENDS
 from optrot_edge.exporters.spm_merges import merges_of_scores
@@ -83,6 +86,20 @@ def read_vocabulary(path: Path) -> Vocabulary:
     except (AttributeError, IndexError, TypeError, ValueError) as error:  # a key of another type than it should have
         raise InputError(f"{path}: its tokenizer keys are damaged ({error!r}); {_INSTEAD}") from None
     return vocabulary
+
+
+def read_sentencepiece_vocabulary(folder: Path, vocab_size: int | None = None) -> Vocabulary:
+    """The vocabulary of the tokenizer.model in `folder`, padded up to `vocab_size` if that is given.
+
+    Raises InputError as `gguf_vocab.vocabulary` and `read_vocabulary` do.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "vocab.gguf"
+        write_entries(path, sentencepiece_entries(folder, vocab_size))
+        try:
+            return read_vocabulary(path)
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), f"{folder}/tokenizer.model")) from None
 
 
 def _vocabulary(entries: Entries) -> Vocabulary:

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gguf_vocab import vocabulary
+from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
 from optrot_edge.exporters.sentencepiece_model import read_sentencepiece
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
+from optrot_edge.runtime.text import open_tokenizer
 from tests.exporters.gguf_tokenizers import TEXTS
-from tests.exporters.hf_folders import check_ids, rebuild, write_vocab
+from tests.exporters.hf_folders import check_ids, model_config, rebuild, write_vocab
 from tests.exporters.test_pre_tokenizers import TEXT
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -96,6 +98,16 @@ def test_becomes_a_hugging_face_tokenizer(tmp_path):
     train(tmp_path / "model")
     path = write_vocab(tmp_path / "v.gguf", vocabulary(tmp_path / "model", 600))
     check_ids(rebuild(path, tmp_path), path, TEXTS)
+
+
+def test_tokenises_texts_and_becomes_files_for_other_packages(tmp_path):
+    library = train(tmp_path)
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.adds_bos and tokenizer.bos == 1
+    assert tokenizer.tokenize(TEXTS[0]) == library.encode(TEXTS[0])
+    files = write_hf_tokenizer(tmp_path, tmp_path / "out", model_config(608))
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} == {file.name for file in files}
+    assert open_tokenizer(tmp_path / "out").tokenize(TEXTS[1]) == library.encode(TEXTS[1])
 
 
 @pytest.mark.parametrize(("changes", "message"), [
