@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 from optrot_edge.checkpoint import QuantizedCheckpoint, QuantizedTensor
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.exporters.gguf_blocks import pack
+from optrot_edge.exporters.gguf_entries import Entries
 from optrot_edge.exporters.gguf_plan import Plan, PlannedTensor, plan_gguf
 from optrot_edge.exporters.gguf_verify import verify_gguf
 
@@ -22,10 +23,11 @@ Progress = Callable[[int, int, str], None]
 
 def export_gguf(checkpoint: QuantizedCheckpoint, out: str | Path, *, name: str | None = None,
                 vocab_from: Path | None = None, overwrite: bool = False,
-                progress: Progress | None = None) -> dict:
+                check: Callable[[Entries], list[str]] | None = None, progress: Progress | None = None) -> dict:
     """Write `checkpoint` as the GGUF file `out`, one tensor in memory at a time, and verify it.
 
-    `name` becomes general.name; `vocab_from` is a GGUF whose vocabulary to copy; `progress` is
+    `name` becomes general.name; `vocab_from` is a GGUF whose vocabulary to copy; `check` is
+    called with the file's keys before it is written, may raise, and returns notes; `progress` is
     called with (bytes done, bytes in all, what was done), where writing and verifying each count
     every byte once. Returns `path`, `bytes`, `weights`, `bits_per_weight` (all tensors over all
     weights), `tensors` (how many), `file_type` and `notes`.
@@ -39,6 +41,7 @@ def export_gguf(checkpoint: QuantizedCheckpoint, out: str | Path, *, name: str |
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"{out} exists; choose another --out or pass --overwrite")
     plan = plan_gguf(checkpoint, name=name, vocab_from=vocab_from)
+    plan.notes += check(plan.entries) if check else []
     partial = out.with_name(out.name + ".partial")
     report = progress or (lambda done, total, what: None)
     try:

@@ -59,6 +59,20 @@ def read_entries(path: Path) -> Entries:
     return {key: entry for key, entry in entries.items() if entry.type is not Type.ARRAY or entry.value}
 
 
+def write_entries(path: Path, entries: Entries) -> None:
+    """A GGUF at `path` of these keys and no tensors; of architecture llama if they name none."""
+    name = entries.get("general.architecture")
+    writer = gguf.GGUFWriter(path, name.value if name else "llama")
+    try:
+        for key, entry in entries.items():
+            if key != "general.architecture":  # the writer's constructor has set it
+                writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+    finally:
+        writer.close()
+
+
 def _parse(handle: BinaryIO, start: int, end: int) -> GGUFValue:
     """The entry in bytes [start, end): key, type, value."""
     handle.seek(start)

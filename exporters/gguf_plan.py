@@ -132,7 +132,7 @@ def _plan_entries(plan: Plan, folder: Path, name: str | None, config: ModelConfi
                           "examples/llama_cpp run it")
     plan.entries = (_general_entries(plan, folder, name, config) | _model_entries(base, config, plan.notes)
                     | (_r4_entries(plan, base, r4_block) if r4_block else {})
-                    | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=_special_ids(config)))
+                    | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=special_ids(config)))
 
 
 def _r4_entries(plan: Plan, base: str, block: int) -> Entries:
@@ -257,12 +257,13 @@ def _model_entries(arch: str, config: ModelConfig, notes: list[str]) -> Entries:
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
-def _special_ids(config: ModelConfig) -> dict[str, int]:
-    """Special token ids of config.json (the first where there are several)."""
+def special_ids(config: ModelConfig) -> dict[str, list[int]]:
+    """Special token ids of config.json, several where it names several."""
     ids = {}
     for name in ("bos", "eos", "pad"):
         value = config.extra.get(f"{name}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and 0 <= value < config.vocab_size:
-            ids[name] = value
+        found = [i for i in (value if isinstance(value, list) else [value])
+                 if isinstance(i, int) and 0 <= i < config.vocab_size]
+        if found:
+            ids[name] = found
     return ids

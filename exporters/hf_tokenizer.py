@@ -12,39 +12,47 @@ import re
 from pathlib import Path
 
 from optrot_edge.errors import InputError, StorageError
-from optrot_edge.exporters.hf_vocab import Vocabulary, build_tokenizer, read_vocabulary
+from optrot_edge.exporters.hf_vocab import (
+    Vocabulary,
+    build_tokenizer,
+    read_sentencepiece_vocabulary,
+    read_vocabulary,
+)
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 
-_NEEDED, _VOCAB = "tokenizer.json", "vocab.gguf"
+_NEEDED, _VOCAB, _MODEL = "tokenizer.json", "vocab.gguf", "tokenizer.model"
 
 
 def write_hf_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[Path]:
     """Put the tokenizer of a checkpoint into the folder `out`, made if missing; the files written.
 
     `folder` is the checkpoint's `tokenizer/`. If it holds tokenizer.json, all Hugging Face files in it are copied.
-    If it holds vocab.gguf, tokenizer.json, tokenizer_config.json, generation_config.json and the chat templates
-    (chat_template.jinja, and additional_chat_templates/NAME.jinja for others) are made from it; `config` gives the
-    vocabulary's size, the longest text and the family. Raises InputError if there is neither, for a vocabulary that
-    does not fit the model, and as `read_vocabulary` and `build_tokenizer` do; StorageError if the disk refuses.
+    If it holds vocab.gguf, or else tokenizer.model, these are made from it: tokenizer.json, tokenizer_config.json,
+    generation_config.json and the chat templates (chat_template.jinja, and additional_chat_templates/NAME.jinja for
+    others); `config` gives the vocabulary's size, the longest text and the family. Raises InputError if there is
+    neither, for a vocabulary that does not fit the model, and as `read_vocabulary` and `build_tokenizer` do;
+    StorageError if the disk refuses.
     """
     folder, out = Path(folder), Path(out)
     if (folder / _NEEDED).is_file():
         return copy_tokenizer(folder, out)
-    if not (folder / _VOCAB).is_file():
+    source = next((folder / name for name in (_VOCAB, _MODEL) if (folder / name).is_file()), None)
+    if source is None:
         found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
         raise InputError(f"{folder}: no {_NEEDED} and no {_VOCAB}, only {', '.join(found) or 'no tokenizer at all'}; "
                          "make tokenizer.json in the model's own folder with transformers "
                          "(AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)) and start from it again, or "
                          f"put tokenizer.json into {folder}")
-    vocabulary = read_vocabulary(folder / _VOCAB)
-    _check_model(folder / _VOCAB, vocabulary, config)
+    vocabulary = (read_vocabulary(source) if source.name == _VOCAB
+                  else read_sentencepiece_vocabulary(folder, config.vocab_size))
+    _check_model(source, vocabulary, config)
     texts = {_NEEDED: build_tokenizer(vocabulary).to_str(pretty=True),
              "tokenizer_config.json": _json(_tokenizer_config(vocabulary, config)),
              "generation_config.json": _json(_generation_config(vocabulary))}
     for name, template in vocabulary.templates.items():
         if not re.fullmatch(r"[\w-]+", name):
-            raise InputError(f"{folder / _VOCAB}: chat template {name!r} cannot be a file's name")
+            raise InputError(f"{source}: chat template {name!r} cannot be a file's name")
         texts["chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"] = template
     return [_write(out / name, text) for name, text in texts.items()]
 

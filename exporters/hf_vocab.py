@@ -1,10 +1,11 @@
 """`tokenizer.*` keys of a GGUF → a `tokenizers.Tokenizer` that gives llama.cpp's ids.
 
 What llama.cpp does is read from its llama-vocab.cpp (as in llama-cpp-python 0.3.36). Pre-tokenizers come from
-`gguf_vocab.PRE_TOKENIZERS`; a name that is not there is refused. Control tokens are special tokens; set
+`pre_tokenizers.PRE_TOKENIZERS`; a name that is not there is refused. Control tokens are special tokens; set
 `encode_special_tokens` to have them read as plain text, as llama.cpp does unless it is asked to parse them.
 
 Where the ids can differ all the same:
+- "tekken": words are cut by Mistral's own expression, of which llama.cpp's is a rough copy beyond ASCII.
 - Special tokens that overlap in a text (one ends as another begins): llama.cpp takes the longest, this the leftmost.
 - The bos and eos tokens are special here, which transformers insists on, also where the file says "user-defined".
 - llama.cpp also makes control tokens of fill-in-the-middle marks that the file calls ordinary.
@@ -20,6 +21,7 @@ spaces before punctuation for some names (gpt-2, llama-bpe), this never does.
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +29,10 @@ from typing import TYPE_CHECKING
 from gguf import TokenType
 
 from optrot_edge.errors import InputError
-from optrot_edge.exporters.gguf_entries import Entries, read_entries
-from optrot_edge.exporters.gguf_vocab import ALIASES, PRE_TOKENIZERS, SPACE
+from optrot_edge.exporters.gguf_entries import Entries, read_entries, write_entries
+from optrot_edge.exporters.gguf_vocab import sentencepiece_entries
+from optrot_edge.exporters.pre_tokenizers import ADD_BOS, ALIASES, PRE_TOKENIZERS, SPACE
+from optrot_edge.exporters.special_tokens import ENDS
 from optrot_edge.exporters.spm_merges import merges_of_scores
 
 if TYPE_CHECKING:
@@ -37,11 +41,6 @@ if TYPE_CHECKING:
 
 _INSTEAD = "start from the model's Hugging Face folder instead of its GGUF"
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
-# llama.cpp ends an answer at these, and makes them control tokens whatever the file says.
-_ENDS = frozenset((
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["))
 _IDS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # what llama.cpp takes where the file is silent
 _TEMPLATE = "tokenizer.chat_template"
@@ -89,6 +88,20 @@ def read_vocabulary(path: Path) -> Vocabulary:
     return vocabulary
 
 
+def read_sentencepiece_vocabulary(folder: Path, vocab_size: int | None = None) -> Vocabulary:
+    """The vocabulary of the tokenizer.model in `folder`, padded up to `vocab_size` if that is given.
+
+    Raises InputError as `gguf_vocab.vocabulary` and `read_vocabulary` do.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "vocab.gguf"
+        write_entries(path, sentencepiece_entries(folder, vocab_size))
+        try:
+            return read_vocabulary(path)
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), f"{folder}/tokenizer.model")) from None
+
+
 def _vocabulary(entries: Entries) -> Vocabulary:
     def value(key: str, default=None):
         return entries[key].value if key in entries else default
@@ -98,7 +111,7 @@ def _vocabulary(entries: Entries) -> Vocabulary:
         raise InputError("llama.cpp strips the space after special tokens of models called phi-3, which is not "
                          "supported here")
     tokens = [token.decode() or f"[EMPTY_{i}]" for i, token in enumerate(value("tokenizer.ggml.tokens", ()))]
-    types = [TokenType.CONTROL if token in _ENDS else TokenType(number) for token, number
+    types = [TokenType.CONTROL if token in ENDS else TokenType(number) for token, number
              in zip(tokens, value("tokenizer.ggml.token_type", ()), strict=True)]
     ids = {name: value(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()}
     ids = {name: token for name, token in ids.items() if token is not None}
@@ -118,7 +131,7 @@ def _vocabulary(entries: Entries) -> Vocabulary:
                  if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")}
     return Vocabulary(
         kind, pre, tokens, types, merges, bool(value("tokenizer.ggml.add_space_prefix", True)), ids,
-        bool(value("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")),
+        bool(value("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ADD_BOS)),
         bool(value("tokenizer.ggml.add_eos_token", False)), templates)
 
 

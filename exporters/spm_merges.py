@@ -1,5 +1,4 @@
-"""The scores of a SentencePiece vocabulary as a ranked list of merges: the inverse of
-`gguf_vocab.sentencepiece_scores`.
+"""The scores of a SentencePiece vocabulary as a ranked list of merges, and the inverse.
 
 llama.cpp (llama-vocab.cpp, llm_tokenizer_spm) joins any two neighbours whose text is a token, of whatever type: best
 score first, and of equal scores the leftmost. A list of merges knows ranks only, which comes to the same if tokens of
@@ -17,9 +16,10 @@ from math import inf
 from gguf import TokenType
 
 from optrot_edge.errors import InputError
-from optrot_edge.exporters.gguf_vocab import SPACE
+from optrot_edge.exporters.pre_tokenizers import SPACE
 
 Ranked = list[tuple[float, tuple[str, str]]]
+_UNMERGEABLE = -1e6  # score of tokens that no merge may form; the merges' scores are -1, -2, ...
 _LONGEST_RUN = 64  # that is tried; the work grows with its cube
 
 
@@ -96,3 +96,33 @@ def _join(count: int, ranks: dict[tuple[int, int], float]) -> list[int]:
         i = min(found)[1]
         sizes[i:i + 2] = [sum(sizes[i:i + 2])]
     return sizes
+
+
+def sentencepiece_scores(tokens: list[str], types: list[int], merges: list[tuple[str, str]]) -> list[float]:
+    """Scores under which llama.cpp's SentencePiece merging does what the ranked `merges` do.
+
+    llama.cpp joins any two neighbours whose text is a token, best score first; a merge list joins
+    listed pairs, lowest rank first. They agree when every split of a token into two tokens is
+    listed and the pairs of one token have neighbouring ranks, as in lists made from a
+    SentencePiece model. Raises InputError when they do not.
+    """
+    order: dict[str, int] = {}
+    previous = None
+    for left, right in merges:
+        if (text := left + right) != previous:
+            if text in order:
+                raise InputError(f"the merges of token {text!r} are not neighbours; pass "
+                                 "--vocab-from FILE.gguf")
+            order[text], previous = len(order), text
+    listed = set(merges)
+    normal = {text for text, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
+    for text in normal:
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            known = (len(left) == 1 or left in normal) and (len(right) == 1 or right in normal)
+            if known and (left, right) not in listed:
+                raise InputError(f"no merge {left!r} + {right!r} although {text!r} is a token, so "
+                                 "llama.cpp would split text otherwise; pass --vocab-from FILE.gguf")
+    return [-1.0 - order[text] if text in order and text in normal
+            else 0.0 if len(text) == 1 or kind == TokenType.BYTE else _UNMERGEABLE
+            for text, kind in zip(tokens, types, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto
@@ -15,6 +16,7 @@ from optrot_edge.recipe import Recipe
 from optrot_edge.rotating import prepare_output
 from optrot_edge.runtime.imports import require
 from optrot_edge.tensor_types import all_shapes, parse_overrides
+from optrot_edge.vocabulary_check import check_vocabulary
 
 ONNX_LAYER = 2**14  # bytes of a layer's nodes, names and vectors in an ONNX graph
 ENTRY = 600  # bytes of a matrix's names and places in safetensors, in the file's header, the index and config
@@ -65,6 +67,7 @@ class GgufFormat:
     @staticmethod
     def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
+        from optrot_edge.exporters.gguf_plan import special_ids
         from optrot_edge.exporters.gguf_vocab import vocabulary
 
         given = [("--type", recipe.grid), ("--embedding-type", recipe.embedding_type),
@@ -77,7 +80,9 @@ class GgufFormat:
         if "r3" in which:
             raise InputError("--rotate r3: llama.cpp rotates a quantised K/V cache itself; leave r3 out for GGUF")
         own = source.path if source.kind == "gguf" else None
-        vocabulary(source.path, source.config.vocab_size, vocab_from=options.vocab_from or own)
+        entries = vocabulary(source.path, source.config.vocab_size, vocab_from=options.vocab_from or own,
+                             special_ids=special_ids(source.config))
+        check_vocabulary(entries, source.path, borrowed=options.vocab_from is not None)
 
     @staticmethod
     def metadata_bytes(source, recipe: Recipe, options: PackageOptions) -> int:
@@ -97,7 +102,8 @@ class GgufFormat:
         """Package an open checkpoint; returns the exporter's summary."""
         from optrot_edge.exporters.gguf import export_gguf
 
-        return export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=options.vocab_from,
+        check = partial(check_vocabulary, folder=checkpoint.path / "tokenizer", borrowed=options.vocab_from is not None)
+        return export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=options.vocab_from, check=check,
                            progress=_bar(progress))
 
 

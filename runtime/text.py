@@ -77,10 +77,18 @@ def check_ids(tokens, vocab_size: int, name: str) -> np.ndarray:
 
 
 class HfTokenizer:
-    """`tokenizer.json` of a Hugging Face folder."""
+    """`tokenizer.json` of a Hugging Face folder, or `tokenizer.model` where that is missing."""
 
     def __init__(self, folder: Path):
         tokenizers = require("tokenizers", "learn", "a Hugging Face tokenizer")
+        self._config = _read_config(folder / "tokenizer_config.json")
+        if not (folder / "tokenizer.json").is_file():
+            from optrot_edge.exporters.hf_vocab import build_tokenizer, read_sentencepiece_vocabulary
+
+            vocabulary = read_sentencepiece_vocabulary(folder)
+            self._tokenizer = build_tokenizer(vocabulary)
+            self._config = self._config | {"bos_token": vocabulary.special("bos")}
+            return
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:
@@ -89,7 +97,6 @@ class HfTokenizer:
             raise InputError(f"{folder}/tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config = _read_config(folder / "tokenizer_config.json")
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without a beginning-of-sequence token. special: read `<|…|>` marks as control tokens.
@@ -155,6 +162,6 @@ def open_tokenizer(path: str | Path) -> GgufTokenizer | HfTokenizer:
         return GgufTokenizer(path)
     if (folder / "vocab.gguf").is_file():
         return GgufTokenizer(folder / "vocab.gguf")
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file():
         return HfTokenizer(folder)
-    raise InputError(f"{folder}: no tokenizer.json and no vocab.gguf, so the text cannot be tokenised")
+    raise InputError(f"{folder}: no tokenizer.json, vocab.gguf or tokenizer.model, so the text cannot be tokenised")

@@ -242,7 +242,7 @@ def test_from_gguf_to_gguf(model, tmp_path, text):
 def test_a_tokenizer_that_gguf_cannot_hold_is_refused_before_the_work(model, tmp_path):
     folder = shutil.copytree(model("llama"), tmp_path / "model")
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="neither vocab.gguf nor tokenizer.json; pass --vocab-from"):
+    with pytest.raises(InputError, match="neither vocab.gguf nor tokenizer.json .*pass --vocab-from"):
         pipeline.export(folder, tmp_path / "m.gguf", quantizer="rtn", calibration="none", rotation="optrot",
                         progress=lambda *_: pytest.fail("work had begun"))
     pipeline.export(model("llama"), tmp_path / "v.gguf", quantizer="rtn", calibration="none", rotation="none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import unicodedata
 from pathlib import Path
 
 import tokenizers
@@ -22,18 +23,41 @@ TEXTS = [
     "def f(x: int) -> str:\n    return f\"{x!r:>10}\"  # 100%\n\n\nclass A(B):\n\tpass\n",
     "<div class=\"a\">&nbsp;</div> http://example.org/?q=a+b#c $x_1 = @y; ~/.bashrc \\n ......!!!!??",
     "snake_case camelCase ALLCAPS x2y 9lives ''quoted'' ``ticks`` — – … •", "aaaaaaaaaaaaaaaaaaaa     bbbb",
+    "columns  1   22    333     4444  1   22    333     4444",
     "", "\x00\x01\x7f control", "Zalgo̴͝ c\u0323\u0307", "㍿ ℡ 𝕏 𐍈 \U0001f9ff",
     *list(pydoc_data.topics.topics.values())[:3],
 ]
 LARGE = 1600
-BYTE_LEVEL = [*TOKENIZER_KINDS, "smaug-bpe"]
+_ENDINGS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+# Expressions of Mistral-Nemo, Qwen3.5, Seed-Coder and MiniCPM5, one after another.
+_SPLITS = {
+    "tekken": [_CASED % ("*", "+") + "|" + _CASED % ("+", "*") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _ENDINGS],
+    "qwen35": [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+               + _ENDINGS],
+    "seed-coder": ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+"
+                   "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"],
+    "minicpm5": [r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _ENDINGS],
+}
+BYTE_LEVEL = [*TOKENIZER_KINDS, "smaug-bpe", *_SPLITS]
+NORMALISES = ("qwen2", "qwen35")  # NFC, which llama.cpp leaves out
+CASED = ("tekken",)  # expressions that ask for upper and lower case, which llama.cpp knows of ASCII only
+ADDS_BOS = ("llama-bpe", "smaug-bpe", "tekken")
 
 
 def make_byte_level(folder: Path, kind: str, vocab_size: int = VOCAB_SIZE) -> Path:
     """A tiny tokenizer; "smaug-bpe" is Llama-3's without ignore_merges."""
-    save_tiny_tokenizer(folder, "llama-bpe" if kind == "smaug-bpe" else kind, vocab_size)
-    if kind == "smaug-bpe":
-        edit(folder / "tokenizer.json", lambda data: data["model"].update(ignore_merges=False))
+    base = {"smaug-bpe": "llama-bpe", "tekken": "llama-bpe", "qwen35": "qwen2"}
+    save_tiny_tokenizer(folder, base.get(kind, kind if kind in TOKENIZER_KINDS else "smollm"), vocab_size)
+    if kind not in TOKENIZER_KINDS:
+        edit(folder / "tokenizer.json", lambda data: data["model"].update(ignore_merges=kind in ("tekken", "minicpm5")))
+    if kind in _SPLITS:
+        steps = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+                 for regex in _SPLITS[kind]]
+        steps += [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]
+        edit(folder / "tokenizer.json",
+             lambda data: data.update(pre_tokenizer={"type": "Sequence", "pretokenizers": steps}))
     return folder
 
 
@@ -60,6 +84,34 @@ def join_across_words(folder: Path) -> None:
     for special in bos[1]["special_tokens"].values() if bos else ():
         special["ids"] = [whole.token_to_id(token) for token in special["tokens"]]
     (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+
+
+def comparable(kind: str, text: str) -> str:
+    """The text without what llama.cpp's pre-tokenizer of that name is known to read otherwise; in NFC if the tokenizer
+    normalises.
+    """
+    if kind in CASED:
+        return "".join(c for c in text if not unicodedata.category(c).startswith("M")
+                       and (c.isascii() or unicodedata.category(c) not in ("Lu", "Ll", "Lt")))
+    return unicodedata.normalize("NFC", text) if kind in NORMALISES else text
+
+
+def join_all_bytes(folder: Path) -> int:
+    """Give the tokenizer a merge for every two bytes, so that almost any other way of cutting a text into words gives
+    other ids, whatever the text; the size of the vocabulary.
+    """
+    def change(data: dict) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        merges = [[left, right] for left in alphabet for right in alphabet]
+        specials = data["added_tokens"]
+        texts = [*alphabet, *map("".join, merges), *(token["content"] for token in specials)]
+        data["model"] |= {"vocab": {text: i for i, text in enumerate(texts)}, "merges": merges}
+        for token in specials:
+            token["id"] = texts.index(token["content"])
+        data["post_processor"] = None
+
+    edit(folder / "tokenizer.json", change)
+    return 256 + 256 ** 2 + len(json.loads((folder / "tokenizer.json").read_text())["added_tokens"])
 
 
 def edit(path: Path, change) -> None:

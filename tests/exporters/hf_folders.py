@@ -7,12 +7,11 @@ import json
 import random
 from pathlib import Path
 
-import gguf
 import pytest
 from gguf import GGUFValueType, TokenType
 from tokenizers import Tokenizer
 
-from optrot_edge.exporters.gguf_entries import Entries, array, boolean, string
+from optrot_edge.exporters.gguf_entries import Entries, array, boolean, string, write_entries
 from optrot_edge.exporters.gguf_vocab import vocabulary
 from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
 from optrot_edge.models.config import ModelConfig
@@ -35,13 +34,7 @@ def smollm2_path() -> Path:
 
 def write_vocab(path: Path, entries: Entries) -> Path:
     """A GGUF of these keys, without tensors."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, entry in entries.items():
-        if key != "general.architecture":
-            writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    write_entries(path, entries)
     return path
 
 

@@ -10,24 +10,30 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import pytest
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.gguf import export_gguf
 from optrot_edge.exporters.gguf_entries import read_entries, same_value
-from optrot_edge.exporters.gguf_vocab import identify, sentencepiece_scores, vocabulary
+from optrot_edge.exporters.gguf_vocab import vocabulary
+from optrot_edge.exporters.pre_tokenizers import identify
+from optrot_edge.exporters.spm_merges import sentencepiece_scores
 from optrot_edge.models import open_model
+from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from tests.exporters.gguf_models import llama_ids, load_llama, write_checkpoint
 from tests.exporters.gguf_tokenizers import (
+    ADDS_BOS,
     BYTE_LEVEL,
     LARGE,
     TEXTS,
+    comparable,
     edit,
     hugging_face_of,
     join_across_words,
     make_byte_level,
     make_sentencepiece,
 )
+from tests.exporters.hf_folders import write_vocab
 from tests.tiny_models import VOCAB_SIZE
 
 
@@ -58,13 +64,6 @@ def check_ids(reference: Tokenizer, model: llama_cpp.Llama, texts: list[str]) ->
         assert llama_ids(model, text) == expected, text[:80]
 
 
-def composed(kind: str, texts: list[str]) -> list[str]:
-    """The texts, in NFC where the tokenizer normalises: llama.cpp does not."""
-    nfc = normalizers.NFC()
-    assert any(nfc.normalize_str(text) != text for text in texts)
-    return [nfc.normalize_str(text) for text in texts] if kind == "qwen2" else texts
-
-
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_byte_level_ids_equal_llama_cpp(kind, tiny_checkpoint, tmp_path):
     folder = make_byte_level(tmp_path / "tokenizer", kind)
@@ -73,13 +72,13 @@ def test_byte_level_ids_equal_llama_cpp(kind, tiny_checkpoint, tmp_path):
     texts = TEXTS + [f"a {token} b{token}{token}\n" for token in specials]
     model = with_tokenizer(tiny_checkpoint, folder, tmp_path / "m.gguf")
     try:
-        check_ids(reference, model, composed(kind, texts))
+        check_ids(reference, model, [comparable(kind, text) for text in texts])
         with_bos = reference.encode("Hi there", add_special_tokens=True).ids
         assert model.tokenize(b"Hi there", add_bos=True, special=True) == with_bos
         vocab = llama_cpp.llama_model_get_vocab(model.model)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         assert llama_cpp.llama_vocab_eos(vocab) == reference.token_to_id(config["eos_token"])
-        assert llama_cpp.llama_vocab_get_add_bos(vocab) == (kind in ("llama-bpe", "smaug-bpe"))
+        assert llama_cpp.llama_vocab_get_add_bos(vocab) == (kind in ADDS_BOS)
         assert "messages" in model.metadata["tokenizer.chat_template"]
         assert model.metadata["tokenizer.ggml.pre"] == kind
     finally:
@@ -93,7 +92,7 @@ def test_pre_tokenizer_is_the_only_one_that_fits(kind, large_checkpoint, tmp_pat
     join_across_words(folder)
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
     with_tokenizer(large_checkpoint, folder, tmp_path / "m.gguf").close()
-    texts = composed(kind, TEXTS)
+    texts = [comparable(kind, text) for text in TEXTS]
     expected = [reference.encode(text, add_special_tokens=False).ids for text in texts]
     for name in BYTE_LEVEL:
         model = load_llama(tmp_path / "m.gguf", kv_overrides={"tokenizer.ggml.pre": name})
@@ -194,6 +193,57 @@ def test_vocab_from_must_fit(tiny_checkpoint, tmp_path):
         vocabulary(tmp_path, 512)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama-2"])
+@pytest.mark.parametrize("size", [505, 514, 520])
+def test_vocabulary_of_another_size_of_the_family(kind, size, tmp_path):
+    """Sizes of a model pad the embedding otherwise: unused tokens come and go, and the ids stay."""
+    folder = tmp_path / "source"
+    make_byte_level(folder, kind, 500) if kind == "qwen2" else make_sentencepiece(folder)
+    path = write_vocab(tmp_path / "v.gguf", vocabulary(folder, 512))
+    keys, before = vocabulary(tmp_path, size, vocab_from=path), read_entries(path)
+    arrays = {"tokens", "token_type", *(["scores"] if kind == "llama-2" else [])}
+    for key, entry in keys.items():
+        if key.removeprefix("tokenizer.ggml.") in arrays:
+            assert len(entry.value) == size and entry.value[:505] == before[key].value[:505]
+        else:
+            assert same_value(entry, before[key])
+    with LlamaCppBackend(path, vocab_only=True) as old, \
+            LlamaCppBackend(write_vocab(tmp_path / "w.gguf", keys), vocab_only=True) as new:
+        assert new.vocab_size == size
+        assert all(old.tokenize(text, special=True) == new.tokenize(text, special=True) for text in TEXTS)
+    for wrong in (499 if kind == "qwen2" else 480, 530):
+        with pytest.raises(InputError, match=f"512 tokens, but the model has {wrong} embedding rows"):
+            vocabulary(tmp_path, wrong, vocab_from=path)
+
+
+def _llama_and_hugging_face(folder: Path, text: str) -> tuple[list[int], list[int]]:
+    path = write_vocab(folder / "v.gguf", vocabulary(folder, 512))
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with LlamaCppBackend(path, vocab_only=True) as backend:
+        return (backend.tokenize(text, add_bos=False, special=True),
+                reference.encode(text, add_special_tokens=False).ids)
+
+
+def test_known_differences_of_special_tokens(tmp_path):
+    """What docs/gguf.md says llama.cpp does otherwise, it does."""
+    first = make_sentencepiece(tmp_path / "first", "first")
+    space = vocabulary(first, 512)["tokenizer.ggml.tokens"].value.index("▁")
+    found, wanted = _llama_and_hugging_face(first, "</s>zz")  # a space after every special token
+    assert found == [2, space, *wanted[1:]]
+    found, wanted = _llama_and_hugging_face(first, " zz")  # and before a text that has one
+    assert found != wanted and len(found) >= len(wanted)
+    old = make_sentencepiece(tmp_path / "old")  # as Llama-2's first files: looked for in the text as normalised
+    edit(old / "tokenizer.json", lambda data: [token.update(normalized=True) for token in data["added_tokens"]])
+    found, wanted = _llama_and_hugging_face(old, "z</s>")
+    assert found[-1] == 2 and wanted[-1] != 2
+    overlapping = make_byte_level(tmp_path / "overlapping", "smollm", 510)
+    edit(overlapping / "tokenizer.json", lambda data: data["added_tokens"].extend(
+        {"id": 510 + i, "content": text, "special": True, "normalized": False, "single_word": False, "lstrip": False,
+         "rstrip": False} for i, text in enumerate(("<<x", "x>>>>"))))
+    found, wanted = _llama_and_hugging_face(overlapping, "<<x>>>>")
+    assert 511 in found and 510 in wanted  # the longest against the first
+
+
 def test_padding_and_too_many_tokens(tmp_path):
     folder = make_byte_level(tmp_path, "smollm", 500)
     keys = vocabulary(folder, 512)
@@ -241,7 +291,10 @@ def test_unknown_definitions_are_refused(change, tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda data: data["added_tokens"][0].update(lstrip=True), "strips its surroundings"),
     (lambda data: data["added_tokens"].append({"id": 40, "content": "<|im_end|>", "special": True}),
-     "occurs twice"),
+     "has the id 40, but the tokenizers library gives it 2"),
+    (lambda data: data["added_tokens"].append({"id": 600, "content": "<new>"}),
+     "has the id 600, but the tokenizers library gives it 512"),
+    (lambda data: data["model"]["vocab"].update({"a": 99}), "two tokens have the same id"),
     (lambda data: data["model"].pop("vocab"), "damaged or incomplete"),
     (lambda data: data.pop("model"), "damaged or incomplete"),
 ])
@@ -257,7 +310,7 @@ def test_tokenizer_without_an_end_is_refused(tmp_path):
     edit(folder / "tokenizer_config.json", lambda data: data.pop("eos_token"))
     with pytest.raises(InputError, match="no end-of-sequence token"):
         vocabulary(folder, VOCAB_SIZE)
-    keys = vocabulary(folder, VOCAB_SIZE, special_ids={"eos": 7})
+    keys = vocabulary(folder, VOCAB_SIZE, special_ids={"eos": [7]})
     assert keys["tokenizer.ggml.eos_token_id"].value == 7
 
 

@@ -221,8 +221,8 @@ def test_unusable_folders_are_refused(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(InputError, match="only no tokenizer at all; .*save_pretrained"):
         write_hf_tokenizer(tmp_path / "tokenizer", tmp_path / "out", model_config(512))
-    (tmp_path / "tokenizer/tokenizer.model").write_bytes(b"x")
-    with pytest.raises(InputError, match="no vocab.gguf, only tokenizer.model; .*save_pretrained"):
+    (tmp_path / "tokenizer/vocab.json").write_bytes(b"x")
+    with pytest.raises(InputError, match="no vocab.gguf, only vocab.json; .*save_pretrained"):
         write_hf_tokenizer(tmp_path / "tokenizer", tmp_path / "out", model_config(512))
     entries = vocabulary(make_byte_level(tmp_path / "source", "smollm"), 512)
     GGUFFile(write_vocab(tmp_path / "v.gguf", entries)).write_metadata(tmp_path / "tokenizer/vocab.gguf",

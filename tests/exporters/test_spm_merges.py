@@ -4,8 +4,7 @@ import pytest
 from gguf import TokenType
 
 from optrot_edge.errors import InputError
-from optrot_edge.exporters.gguf_vocab import sentencepiece_scores
-from optrot_edge.exporters.spm_merges import merges_of_scores
+from optrot_edge.exporters.spm_merges import merges_of_scores, sentencepiece_scores
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
