@@ -68,8 +68,9 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            asymmetric: opt.Asymmetric = None, refits: opt.Refits = 2, guidance: opt.Guidance = "none",
            distill: opt.Distill = 0, seed: opt.Seed = 0, device: opt.Device = "auto", max_memory: opt.MaxMemory = None,
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
-           vocab_from: opt.VocabFrom = None, execution_provider: opt.ExecutionProvider = None,
-           accuracy_level: opt.AccuracyLevel = None, dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False,
+           vocab_from: opt.VocabFrom = None, split_max_size: opt.SplitMaxSize = None,
+           execution_provider: opt.ExecutionProvider = None, accuracy_level: opt.AccuracyLevel = None,
+           dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False,
            restart: opt.Restart = False, quiet: opt.Quiet = False, json: opt.Json = False, ctx: typer.Context = None):
     """Rotate, quantise and package MODEL in one step (or package a checkpoint)."""
     from optrot_edge import pipeline
@@ -78,8 +79,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
         fields = _recipe_fields(ctx)
         given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
         fields = (given if pipeline.is_checkpoint(model) else fields) | {"format": format}
-        options = {"vocab_from": vocab_from, "execution_provider": execution_provider,
-                   "accuracy_level": accuracy_level}
+        options = {"vocab_from": vocab_from, "split_max_size": split_max_size,
+                   "execution_provider": execution_provider, "accuracy_level": accuracy_level}
         if dry_run:
             return _emit(pipeline.plan(model, packaged=True, **options, **fields), print_plan)
         with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):

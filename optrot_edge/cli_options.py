@@ -96,3 +96,5 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be 
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="MLX: run the model file that the folder "
                                                                            "brings.")]
 VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
+SplitMaxSize = Annotated[str | None, typer.Option(metavar="SIZE", help="GGUF: split it into files of at most this, "
+                                                  "such as 2G or 500M: NAME-00001-of-00003.gguf and so on.")]

@@ -109,8 +109,8 @@ def _gguf(path: Path) -> dict:
             "hidden_size": plain(f"{arch}.embedding_length"), "context_length": plain(f"{arch}.context_length"),
             "tied_head": "output.weight" not in file.tensors if file.tensors else None,
             "tokenizer": plain("tokenizer.ggml.pre") or plain("tokenizer.ggml.model"),
-            "bytes": file.size, "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight,
-            "types": types.table}
+            "parts": len(file.files), "bytes": file.size, "bytes_tensors": round(types.bits / 8),
+            "bits_per_weight": types.bits_per_weight, "types": types.table}
 
 
 def _mlx(path: Path) -> dict:

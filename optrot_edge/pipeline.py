@@ -11,7 +11,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import fingerprint, shaping_fields
 from optrot_edge.formats import check_format
 from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
-from optrot_edge.journal import remove_folder
+from optrot_edge.journal import Lock, remove_folder
 from optrot_edge.memory import must_spill
 from optrot_edge.packages import PACKAGES, PackageOptions, without_metadata, write_package
 from optrot_edge.processes import process_count, process_rank
@@ -179,45 +179,46 @@ def _distill(source, recipe: Recipe, inputs: CalibrationInputs, folder: WorkFold
 
 def export(model: str | Path, out: str | Path, *, format: str | None = None, overwrite: bool = False,
            restart: bool = False, checkpoint: str | Path | None = None, vocab_from: str | Path | None = None,
-           execution_provider: str | None = None, accuracy_level: int | None = None, progress: Progress = quiet,
-           **fields) -> dict:
+           split_max_size: str | int | None = None, execution_provider: str | None = None,
+           accuracy_level: int | None = None, progress: Progress = quiet, **fields) -> dict:
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
-    `format` None: the one the checkpoint was made for, or gguf. `vocab_from`, `execution_provider`, `accuracy_level`:
-    see `optrot_edge.packages.PackageOptions`. With a model, `fields` are Recipe's, `checkpoint` keeps
+    `format` None: the one the checkpoint was made for, or gguf. `vocab_from`, `split_max_size`, `execution_provider`,
+    `accuracy_level`: see `optrot_edge.packages.PackageOptions`. With a model, `fields` are Recipe's, `checkpoint` keeps
     the intermediate checkpoint there, `target_size` is the size of the whole package, and a run that was stopped goes
     on when it is started again (see `quantize`). Under torchrun only rank 0 writes; the other processes get an empty
     summary.
     """
     out, format = Path(out), _format_of(model, format, fields)
-    options = PackageOptions(vocab_from, execution_provider, accuracy_level)
+    options = PackageOptions(vocab_from, split_max_size, execution_provider, accuracy_level)
     options.check(format)
     place = out.with_name(out.name + ".checkpoint") if checkpoint is None else Path(checkpoint)
     if process_rank():  # of a torchrun launch: rank 0 packages what all have quantised
         if not is_checkpoint(model):
             quantize(model, place, format=format, **fields)
         return {}
-    PACKAGES[format].prepare(out, overwrite or was_packaged(place, out))
-    if is_checkpoint(model):
-        return write_package(format, model, out, overwrite, options, progress)
-    source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, options=options)
-    with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
-        folder = _quantize_into(writer, source, recipe, rotation, progress)
-        if checkpoint is not None:
-            writer.finish(folder)
-        return package(folder, out, options.recorded(), lambda path: write_package(
-            format, folder.work, path, True, options, progress))
+    with Lock(out.with_name(out.name + ".lock")):
+        PACKAGES[format].prepare(out, overwrite or was_packaged(place, out))
+        if is_checkpoint(model):
+            return write_package(format, model, out, overwrite, options, progress)
+        source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, options=options)
+        with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
+            folder = _quantize_into(writer, source, recipe, rotation, progress)
+            if checkpoint is not None:
+                writer.finish(folder)
+            return package(folder, out, options.recorded(), lambda path: write_package(
+                format, folder.work, path, True, options, progress), is_file=PACKAGES[format].is_file)
 
 
 def plan(model: str | Path, *, packaged: bool = False, format: str | None = None,
-         vocab_from: str | Path | None = None, execution_provider: str | None = None,
-         accuracy_level: int | None = None, **fields) -> dict:
+         vocab_from: str | Path | None = None, split_max_size: str | int | None = None,
+         execution_provider: str | None = None, accuracy_level: int | None = None, **fields) -> dict:
     """What `quantize`, or with `packaged` `export`, would do and cost; see optrot_edge.plan.
 
     Refuses what they would refuse before their work begins.
     """
     format = _format_of(model, format, fields)
-    options = PackageOptions(vocab_from, execution_provider, accuracy_level)
+    options = PackageOptions(vocab_from, split_max_size, execution_provider, accuracy_level)
     options.check(format)
     if packaged and is_checkpoint(model):
         from optrot_edge.plan import plan_checkpoint

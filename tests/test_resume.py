@@ -14,6 +14,7 @@ import torch
 from optrot_edge import fingerprint, pipeline
 from optrot_edge.errors import InputError
 from optrot_edge.journal import JOURNAL, Lock
+from optrot_edge.models.gguf_parts import part_path
 from tests.crashes import KILLED, contents, in_child, kill_after, kill_at
 from tests.road import save_model
 from tests.rotations.test_optrot_plus import make_uneven
@@ -57,7 +58,8 @@ def stopped(model, out, at: int = 1, **fields) -> None:
 def run_again(run, here, prepare=lambda: None) -> int:
     """Exit code of the same command once more. A run that was killed with all but its leftovers done is told so;
     these are gone then."""
-    done = (here / "out").exists() and not list(here.rglob(JOURNAL)) and not list(here.rglob("*.replaced"))
+    finished = (here / "out").exists() or part_path(here / "out", 0, 2).exists()
+    done = finished and not list(here.rglob(JOURNAL)) and not list(here.rglob("*.replaced"))
     code = in_child(run, prepare)
     return 0 if done and code == 1 else code
 
@@ -97,12 +99,13 @@ def test_killed_at_random_moments(command, fields, models, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["quantize", "overwrite", "export", "export with checkpoint", "export mlx",
-                                  "export mlx overwrite"])
+@pytest.mark.parametrize("what", ["quantize", "overwrite", "export", "export split", "export with checkpoint",
+                                  "export mlx", "export mlx overwrite"])
 def test_killed_before_every_operation_on_the_disk(what, models, tmp_path):
     """Every moment at which what is on the disk changes."""
     model, arguments, overwrite = models["one layer"], dict(RTN), what.endswith("overwrite")
     arguments |= {"format": "mlx"} if "mlx" in what else {}
+    arguments |= {"split_max_size": 400_000} if "split" in what else {}
     command = pipeline.export if what.startswith("export") else pipeline.quantize
 
     def run(folder):

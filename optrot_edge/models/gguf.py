@@ -22,7 +22,7 @@ VOCAB_FILE = "vocab.gguf"
 
 
 class GGUFSource(ModelSource):
-    """A model in one GGUF file; q and k rows are given in Hugging Face's RoPE order.
+    """A model in a GGUF, split or not; q and k rows are given in Hugging Face's RoPE order.
 
     Raises InputError when opened if anything but the values of the tensors is wrong.
     """
@@ -31,8 +31,8 @@ class GGUFSource(ModelSource):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.files = [self.path]
         self._file = GGUFFile(self.path)
+        self.files = self._file.files
         self.family, self.config = parse_metadata(self._file)
         for kind in sorted({info.type for info in self._file.tensors.values()}):
             if not can_dequantize(kind):
@@ -84,9 +84,6 @@ def parse_metadata(file: GGUFFile) -> tuple[Family, ModelConfig]:
     arch = file.value("general.architecture")
     if not isinstance(arch, str):
         raise InputError(f"{file.path}: general.architecture is missing; not a model")
-    if file.value("split.count", 0) not in (0, 1):
-        raise InputError(f"{file.path} is one part of a split GGUF; join the parts first "
-                         "(llama-gguf-split --merge)")
     if file.value(f"{arch}.expert_count", 0) not in (0, 1):
         raise InputError(f"{file.path}: {arch} with experts cannot be rotated: mixtures of experts "
                          "are not supported yet")
