@@ -18,6 +18,7 @@ from optrot_edge.exporters.gguf_blocks import pack
 from optrot_edge.exporters.gguf_plan import Plan, PlannedTensor, plan_gguf
 from optrot_edge.exporters.gguf_split import split_plan
 from optrot_edge.exporters.gguf_verify import verify_gguf
+from optrot_edge.gridspec import encode_scales
 from optrot_edge.journal import Lock
 from optrot_edge.models.gguf_parts import move_set, outputs, part_path
 
@@ -90,7 +91,8 @@ def _write_all(plans: list[Plan], checkpoint: QuantizedCheckpoint, out: Path, re
 
 
 def tensor_data(planned: PlannedTensor, checkpoint: QuantizedCheckpoint, plan: Plan) -> np.ndarray:
-    """What the file holds of one tensor: uint8 blocks [out, row bytes], or float32/float16 values."""
+    """What the file holds of one tensor: uint8 blocks (of bfloat16: bytes) [out, row bytes], or float32/float16
+    values."""
     if not planned.source:
         return plan.rope_freqs
     tensor, order = checkpoint.get(planned.source), planned.row_order()
@@ -102,7 +104,10 @@ def tensor_data(planned: PlannedTensor, checkpoint: QuantizedCheckpoint, plan: P
         return blocks if order is None else blocks[order]  # a row's blocks move with it
     if tensor.shape != planned.shape or not np.isfinite(tensor).all():
         raise InputError(f"{planned.source}: wrong shape, NaN or infinity; the checkpoint is damaged")
-    tensor = tensor.astype(np.float16 if planned.type.name == "F16" else np.float32)
+    if planned.type.name == "BF16":
+        tensor = encode_scales(tensor, "bfloat16").view(np.uint8)
+    else:
+        tensor = tensor.astype(np.float16 if planned.type.name == "F16" else np.float32)
     return np.ascontiguousarray(tensor if order is None else tensor[order])
 
 

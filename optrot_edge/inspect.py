@@ -58,9 +58,11 @@ def _checkpoint(path: Path) -> dict:
 
 def _describe_checkpoint(path: Path, manifest: dict) -> dict:
     types = _Types()
-    for entry in manifest["tensors"].values():
-        count, kind = prod(entry["shape"]), entry.get("grid") or entry["dtype"]
-        width = grid_spec(kind).bits_per_weight if "grid" in entry else 8 * np.dtype(kind).itemsize
+    halves = set(manifest.get("bfloat16") or ())
+    for name, entry in manifest["tensors"].items():
+        count, kind = prod(entry["shape"]), entry.get("grid") or ("bfloat16" if name in halves else entry["dtype"])
+        width = (grid_spec(kind).bits_per_weight if "grid" in entry else 16 if name in halves
+                 else 8 * np.dtype(kind).itemsize)
         types.add(kind, count, count * width)
     recipe = manifest["recipe"]
     return {"kind": "quantised checkpoint", "path": str(path), "family": manifest["model"]["family"],

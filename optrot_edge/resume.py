@@ -13,7 +13,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from optrot_edge.checkpoint import MANIFEST, Tensors, check_replaceable, manifest_text, read_shard, save_shard
+from optrot_edge.checkpoint import (
+    INPUTS,
+    MANIFEST,
+    InputSums,
+    Tensors,
+    check_replaceable,
+    manifest_text,
+    read_shard,
+    save_input_sums,
+    save_shard,
+)
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.fingerprint import differences
 from optrot_edge.journal import (
@@ -68,10 +78,15 @@ class WorkFolder:
         file = f"{shard}.safetensors"
         return read_shard(self.work / file, self.journal.about(file)["tensors"])
 
-    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None) -> None:
-        """Commit `tensors` as `shard`.safetensors, and `reports` (JSON) with them."""
+    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None,
+                    inputs: InputSums | None = None) -> None:
+        """Commit the sums of the `inputs`, if any, then `tensors` as `shard`.safetensors with `reports` (JSON)
+        on them."""
         file, entries = f"{shard}.safetensors", {}
         try:
+            if inputs:
+                commit(self.work / (INPUTS + file), lambda partial: save_input_sums(partial, inputs))
+                self.journal.keep(INPUTS + file)
             commit(self.work / file, lambda partial: entries.update(save_shard(partial, tensors, file)))
         except (SafetensorError, OSError) as error:
             raise StorageError(f"{self.work} cannot be written: {error}") from None
