@@ -84,7 +84,9 @@ def _write_all(plans: list[Plan], checkpoint: QuantizedCheckpoint, out: Path, re
         size = sum(path.stat().st_size for path in paths)
         move_set(partial, out)
     except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error}") from error
+        # numpy's tofile gives no error number, only how much of an array it could write
+        reason = error if error.errno else f"the disk is full, or a limit on the size of files is reached ({error})"
+        raise StorageError(f"{out} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [out.with_name(path.name) for path in paths], size
