@@ -173,12 +173,12 @@ def test_nothing_is_learned_or_quantised_twice(models, text, tmp_path):
     fields, calls = {**FAST, "calibration": text}, []
     stopped(models["tinyllama"], tmp_path / "c", 2, **fields)
     kept = contents(tmp_path / "c.partial")
-    assert {"rotation.safetensors", "embedding.safetensors", "layer-00000.safetensors", "layer-00001.safetensors",
-            JOURNAL} == set(kept)
+    layers = {f"{what}layer-0000{index}.safetensors" for what in ("", "inputs-") for index in (0, 1)}
+    assert {"rotation.safetensors", "embedding.safetensors", *layers, JOURNAL} == set(kept)
     times = {name: (tmp_path / "c.partial" / name).stat().st_mtime_ns for name in kept}
     pipeline.quantize(models["tinyllama"], tmp_path / "c", progress=lambda *call: calls.append(call), **fields)
     assert "learn rotation" not in [call[0] for call in calls]
-    for name in ("embedding.safetensors", "layer-00000.safetensors", "layer-00001.safetensors"):
+    for name in ("embedding.safetensors", *layers):
         assert (tmp_path / "c" / name).stat().st_mtime_ns == times[name]
     assert JOURNAL not in names(tmp_path / "c") and "rotation.safetensors" not in names(tmp_path / "c")
 
