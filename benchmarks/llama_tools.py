@@ -6,7 +6,7 @@ that the Python bindings run. Static, Release, no server, no TLS, no tests; abou
 cores, once per version and user: the three programs are kept in a cache folder
 (`$XDG_CACHE_HOME/optrot-edge/llama.cpp-VERSION`, `~/.cache` by default).
 
-    python benchmarks/llama_tools.py [--sdist FILE_OR_FOLDER] [--jobs N]
+    python benchmarks/llama_tools.py [--sdist FILE_OR_FOLDER] [--jobs N] [--converter]
 
 Needs cmake and a C++17 compiler; pip fetches the sdist unless `--sdist` names one already here.
 """
@@ -72,6 +72,21 @@ def get_tools(*, sdist: str | Path | None = None, jobs: int | None = None) -> Ll
     if not all(path.is_file() for path in (tools.quantize, tools.imatrix, tools.perplexity)):
         _build(folder, version, sdist, jobs or os.cpu_count() or 1)
     return tools
+
+
+def get_converter(*, sdist: str | Path | None = None) -> Path:
+    """Folder with llama.cpp's `conversion` and `gguf-py` of the installed version, fetched first when it is not there
+    yet; nothing is compiled. Raises InputError as `get_tools` does."""
+    version = installed_version()
+    folder = cache_folder(version) / "converter"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            source, staging = _source(Path(work), version, sdist), Path(work, "staging")
+            for name in ("conversion", "gguf-py"):
+                shutil.copytree(source / name, staging / name)
+            staging.rename(folder)
+    return folder
 
 
 def _executable(name: str) -> str:
@@ -140,8 +155,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sdist", help="sdist (.tar.gz) or its unpacked folder, instead of a download")
     parser.add_argument("--jobs", type=int, help="compiler processes (default: one per core)")
+    parser.add_argument("--converter", action="store_true", help="only fetch the converter, which is Python")
     arguments = parser.parse_args()
     try:
+        if arguments.converter:
+            return print(get_converter(sdist=arguments.sdist))
         tools = get_tools(sdist=arguments.sdist, jobs=arguments.jobs)
     except InputError as error:
         sys.exit(f"error: {error}")

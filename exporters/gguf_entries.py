@@ -24,6 +24,16 @@ def u32(value: int) -> GGUFValue:
     return GGUFValue(int(value), Type.UINT32)
 
 
+def u16(value: int) -> GGUFValue:
+    """An unsigned 16-bit integer."""
+    return GGUFValue(int(value), Type.UINT16)
+
+
+def i32(value: int) -> GGUFValue:
+    """A signed 32-bit integer."""
+    return GGUFValue(int(value), Type.INT32)
+
+
 def f32(value: float) -> GGUFValue:
     """A 32-bit float."""
     return GGUFValue(float(value), Type.FLOAT32)
@@ -50,7 +60,7 @@ def read_entries(path: Path) -> Entries:
     Empty arrays, which GGUFWriter cannot write, are left out. Raises InputError if the file is
     missing or damaged.
     """
-    file = GGUFFile(path)  # has checked every length
+    file = GGUFFile(path, whole=False)  # has checked every length
     try:
         with open(path, "rb") as handle:
             entries = {key: _parse(handle, entry.start, entry.end) for key, entry in file.entries.items()}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
-from gguf.utility import size_label
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.exporters.expected_tensors import expected_tensors
 from optrot_edge.exporters.gguf_blocks import check_grid
-from optrot_edge.exporters.gguf_entries import Entries, array, f32, read_entries, string, u32
+from optrot_edge.exporters.gguf_entries import Entries, array, f32, string, u32
+from optrot_edge.exporters.gguf_general import general_entries, method_entries
 from optrot_edge.exporters.gguf_vocab import vocabulary
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.models.family import Family, get_family
@@ -23,8 +23,6 @@ from optrot_edge.models.gguf_r4 import BASE_KEY, BLOCK_KEY, FORMAT_VERSION, SUFF
 from optrot_edge.tensor_types import all_shapes
 
 ROPE_FREQS = "rope_freqs.weight"
-_RECOMPUTED = {f"general.{key}" for key in ("architecture", "type", "name", "size_label", "file_type",
-                                            "quantization_version", "alignment", "quantized_by")}
 # "S": all matrices of one type, which is what the llama.cpp mixes of that name come nearest to.
 _FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S", "MXFP4": "MXFP4_MOE"}
 
@@ -104,6 +102,7 @@ def plan_gguf(checkpoint: QuantizedCheckpoint, *, name: str | None = None,
     notes = checkpoint.manifest.get("notes")
     plan = Plan(family.gguf_arch, file_type, {}, tensors, factors, list(notes) if isinstance(notes, list) else [])
     _plan_entries(plan, checkpoint.path / "tokenizer", name, config, vocab_from, rotation.get("r4_block"))
+    plan.entries |= method_entries(checkpoint.manifest)
     return plan
 
 
@@ -130,7 +129,8 @@ def _plan_entries(plan: Plan, folder: Path, name: str | None, config: ModelConfi
         plan.arch = base + SUFFIX
         plan.notes.append(f"R4 runs online, so llama.cpp's own tools refuse the file as {plan.arch}; optrot-edge and "
                           "examples/llama_cpp run it")
-    plan.entries = (_general_entries(plan, folder, name, config) | _model_entries(base, config, plan.notes)
+    plan.entries = (general_entries(plan.arch, plan.file_type, plan.weights, folder, name, config.name)
+                    | _model_entries(base, config, plan.notes)
                     | (_r4_entries(plan, base, r4_block) if r4_block else {})
                     | vocabulary(folder, config.vocab_size, vocab_from=vocab_from, special_ids=special_ids(config)))
 
@@ -183,9 +183,12 @@ def _planned(checkpoint: QuantizedCheckpoint, family: Family, config: ModelConfi
         kind = GGMLQuantizationType[spec.name.upper()]
     elif stored["dtype"] not in ("float32", "float16"):
         raise InputError(f"{source} is {stored['dtype']}; floats must be float32 or float16")
-    else:  # llama.cpp computes with norms and biases in float32 only
-        half = len(shape) == 2 and stored["dtype"] == "float16"
-        kind = GGMLQuantizationType.F16 if half else GGMLQuantizationType.F32
+    elif len(shape) == 1:  # llama.cpp computes with norms and biases in float32 only
+        kind = GGMLQuantizationType.F32
+    elif source in checkpoint.bfloat16:
+        kind = GGMLQuantizationType.BF16
+    else:
+        kind = GGMLQuantizationType.F16 if stored["dtype"] == "float16" else GGMLQuantizationType.F32
     heads = 0
     if family.gguf_permutes_qk:
         heads = {"q_proj": config.num_attention_heads,
@@ -213,21 +216,6 @@ def _file_type(tensors: list[PlannedTensor]) -> LlamaFileType:
     if kind == "F32":
         return LlamaFileType.ALL_F32
     return LlamaFileType["MOSTLY_" + _FILE_TYPES.get(kind, kind)]
-
-
-def _general_entries(plan: Plan, folder: Path, name: str | None, config: ModelConfig) -> Entries:
-    """general.*: the source GGUF's, except what the export decides."""
-    source = read_entries(folder / "vocab.gguf") if (folder / "vocab.gguf").is_file() else {}
-    entries = {key: value for key, value in source.items()
-               if key.startswith("general.") and key not in _RECOMPUTED}
-    label = size_label(plan.weights, plan.weights, 0, 0)
-    head: Entries = {"general.architecture": string(plan.arch), "general.type": string("model")}
-    if name or config.name:
-        head["general.name"] = string(name or config.name)
-    elif "general.name" in source:
-        head["general.name"] = source["general.name"]
-    return head | entries | {"general.size_label": string(label), "general.file_type": u32(plan.file_type),
-                             "general.quantization_version": u32(2)}
 
 
 def _model_entries(arch: str, config: ModelConfig, notes: list[str]) -> Entries:

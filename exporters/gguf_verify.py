@@ -51,6 +51,8 @@ def _difference(written: gguf.ReaderTensor, planned: PlannedTensor, checkpoint: 
     order = planned.row_order()
     rows = slice(None) if order is None else np.argsort(order)  # file row of each Hugging Face row
     data = np.asarray(written.data)[rows]
+    if planned.type.name == "BF16":
+        return None if np.array_equal(gguf.quants.dequantize(data, planned.type), expected) else "values"
     if not isinstance(expected, QuantizedTensor):
         return None if np.array_equal(data, expected) else "values"
     found = unpack(data, expected.spec, planned.shape)

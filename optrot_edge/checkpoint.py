@@ -5,7 +5,9 @@ for the rest. A quantised tensor `NAME` is stored as `NAME.codes` (uint8 [out, i
 `NAME.scales` and, for grids with an offset, `NAME.mins` or `NAME.zeros` ([out, in / block_size]); grids of
 two levels (K-quants) have integers `NAME.subscales` and `NAME.submins` ([out, in / group_size]) besides.
 Scales and mins already have the precision that the target format stores (bfloat16 and E8M0 as their bits).
-A float tensor is stored under its own name. Needs numpy and safetensors only.
+A float tensor is stored under its own name. What calibration saw is kept beside them, in `inputs-` + the file's name:
+`NAME.in_sum2`, float32 [in], the sums of the squared inputs of a matrix, and `NAME.counts`, float32 [1], over how many
+tokens. Needs numpy and safetensors only.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS, STORED_DTYPES, GridSpec, decode_scales, grid_spec
 from optrot_edge.journal import move_folder, restore_folder
 
-__all__ = ["FLOAT_TYPES", "GGUF_GRIDS", "MANIFEST", "CheckpointWriter", "GridSpec", "NoWriter",
+__all__ = ["FLOAT_TYPES", "GGUF_GRIDS", "MANIFEST", "CheckpointWriter", "GridSpec", "InputSums", "NoWriter",
            "QuantizedCheckpoint", "QuantizedTensor", "chosen_by_auto", "grid_spec"]
 MANIFEST = "optrot.json"
 FORMAT_VERSION = 1
@@ -122,6 +124,8 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 Tensors = dict[str, QuantizedTensor | np.ndarray]
+InputSums = dict[str, tuple[np.ndarray, int]]  # Σ x² [in] and the number of tokens, by the matrix's name
+INPUTS = "inputs-"  # before the name of the file whose matrices they are of
 
 
 def save_shard(path: Path, tensors: Tensors, file: str) -> dict[str, dict]:
@@ -139,6 +143,13 @@ def save_shard(path: Path, tensors: Tensors, file: str) -> dict[str, dict]:
     flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
     save_file(flat, path, metadata={"format": "np"})
     return entries
+
+
+def save_input_sums(path: Path, sums: InputSums) -> None:
+    """Write `sums` to `path`."""
+    flat = {f"{name}.in_sum2": np.ascontiguousarray(squares, np.float32) for name, (squares, _) in sums.items()}
+    flat |= {f"{name}.counts": np.array([tokens], np.float32) for name, (_, tokens) in sums.items()}
+    save_file(flat, path, metadata={"format": "np"})
 
 
 def read_shard(path: Path, entries: dict[str, dict]) -> Tensors:
@@ -183,10 +194,14 @@ class CheckpointWriter:
     def kept(self, shard: str) -> None:
         """What an interrupted run left of `shard`: nothing here, see `optrot_edge.resume.WorkFolder`."""
 
-    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None) -> None:
-        """Write `tensors` as `shard`.safetensors; `reports` on them are for writers that resume."""
+    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None,
+                    inputs: InputSums | None = None) -> None:
+        """Write `tensors` as `shard`.safetensors, and the sums of their `inputs`, if there are any; `reports` on them
+        are for writers that resume."""
         file = f"{shard}.safetensors"
         try:
+            if inputs:
+                save_input_sums(self.work / (INPUTS + file), inputs)
             self.tensors |= save_shard(self.work / file, tensors, file)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path} cannot be written: {error}") from None
@@ -236,7 +251,8 @@ class NoWriter:
             rotation.save(path)
             return type(rotation).load(path)
 
-    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None) -> None:
+    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None,
+                    inputs: InputSums | None = None) -> None:
         """Nothing."""
 
     def save_tokenizer(self, source) -> None:
@@ -254,7 +270,8 @@ class QuantizedCheckpoint:
     """A checkpoint on disk; tensors are read on demand.
 
     `manifest` is `optrot.json`: `model` (ModelConfig.to_dict), `rotation`, `recipe`, `versions`,
-    `inputs` (file hashes), `errors` (per layer), `tensors`.
+    `inputs` (file hashes), `errors` (per layer), `tensors`, and `bfloat16`: names of the float32 tensors that hold
+    bfloat16 values, to be stored as such.
     """
 
     def __init__(self, path: str | Path):
@@ -282,6 +299,11 @@ class QuantizedCheckpoint:
         """Canonical tensor names, e.g. `layers.0.q_proj.weight`, `embed_tokens.weight`."""
         return list(self.manifest["tensors"])
 
+    @property
+    def bfloat16(self) -> frozenset[str]:
+        """Names of the float32 tensors that hold bfloat16 values."""
+        return frozenset(self.manifest.get("bfloat16") or ())
+
     def __contains__(self, name: str) -> bool:
         return name in self.manifest["tensors"]
 
@@ -298,6 +320,22 @@ class QuantizedCheckpoint:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.path}: {name} is damaged ({error!r}); quantise again") from None
         return tensor
+
+    def input_sums(self, name: str) -> tuple[np.ndarray, float]:
+        """Σ x² [in] of what the matrix `name` reads, and over how many tokens; InputError when that was not kept."""
+        entry = self.manifest["tensors"][name]
+        path = self.path / (INPUTS + entry["file"])
+        if not path.is_file():
+            raise InputError(f"{self.path} holds no statistics of the inputs of {name}: it was made without "
+                             "calibration text, or by an older optrot-edge; quantise again with --calibration")
+        try:
+            with safe_open(path, framework="np") as handle:
+                squares, count = (handle.get_tensor(f"{name}.{part}") for part in ("in_sum2", "counts"))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is damaged ({error}); quantise again") from None
+        if squares.shape != (entry["shape"][1],) or count.shape != (1,) or not np.isfinite(squares).all():
+            raise InputError(f"{path} is damaged: {name}.in_sum2 is {list(squares.shape)}; quantise again")
+        return squares, float(count[0])
 
     @staticmethod
     def _read(handle, name: str, entry: dict) -> QuantizedTensor | np.ndarray:

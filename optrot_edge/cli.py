@@ -68,7 +68,8 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            asymmetric: opt.Asymmetric = None, refits: opt.Refits = 2, guidance: opt.Guidance = "none",
            distill: opt.Distill = 0, seed: opt.Seed = 0, device: opt.Device = "auto", max_memory: opt.MaxMemory = None,
            checkpoint: Annotated[Path | None, typer.Option(help="Keep the quantised checkpoint here.")] = None,
-           vocab_from: opt.VocabFrom = None, execution_provider: opt.ExecutionProvider = None,
+           vocab_from: opt.VocabFrom = None, split_max_size: opt.SplitMaxSize = None,
+           save_imatrix: opt.SaveImatrix = None, execution_provider: opt.ExecutionProvider = None,
            accuracy_level: opt.AccuracyLevel = None, dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False,
            restart: opt.Restart = False, quiet: opt.Quiet = False, json: opt.Json = False, ctx: typer.Context = None):
     """Rotate, quantise and package MODEL in one step (or package a checkpoint)."""
@@ -78,13 +79,13 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
         fields = _recipe_fields(ctx)
         given = {k: v for k, v in fields.items() if _was_given(ctx, k)}
         fields = (given if pipeline.is_checkpoint(model) else fields) | {"format": format}
-        options = {"vocab_from": vocab_from, "execution_provider": execution_provider,
-                   "accuracy_level": accuracy_level}
+        options = {"vocab_from": vocab_from, "split_max_size": split_max_size,
+                   "execution_provider": execution_provider, "accuracy_level": accuracy_level}
         if dry_run:
             return _emit(pipeline.plan(model, packaged=True, **options, **fields), print_plan)
         with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):
-            result = pipeline.export(model, out, overwrite=overwrite, restart=restart,
-                                     checkpoint=checkpoint, progress=reporter.update, **options, **fields)
+            result = pipeline.export(model, out, overwrite=overwrite, restart=restart, checkpoint=checkpoint,
+                                     save_imatrix=save_imatrix, progress=reporter.update, **options, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
 
 
@@ -102,9 +103,9 @@ def quantize(model: opt.Model, out: Annotated[Path, typer.Option(help="The check
              calibration: opt.Calibration = "builtin", nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256,
              damp: opt.Damp = 0.1, act_order: opt.ActOrder = True, asymmetric: opt.Asymmetric = None,
              refits: opt.Refits = 2, guidance: opt.Guidance = "none", distill: opt.Distill = 0, seed: opt.Seed = 0,
-             device: opt.Device = "auto", max_memory: opt.MaxMemory = None, dry_run: opt.DryRun = False,
-             overwrite: opt.Overwrite = False, restart: opt.Restart = False, quiet: opt.Quiet = False,
-             json: opt.Json = False, ctx: typer.Context = None):
+             device: opt.Device = "auto", max_memory: opt.MaxMemory = None, save_imatrix: opt.SaveImatrix = None,
+             dry_run: opt.DryRun = False, overwrite: opt.Overwrite = False, restart: opt.Restart = False,
+             quiet: opt.Quiet = False, json: opt.Json = False, ctx: typer.Context = None):
     """Rotate and quantise MODEL into a checkpoint that `export` packages.
 
     With several GPUs: torchrun --nproc-per-node N -m optrot_edge quantize MODEL --rotation optrot
@@ -118,8 +119,8 @@ def quantize(model: opt.Model, out: Annotated[Path, typer.Option(help="The check
             return _emit(pipeline.plan(model, **fields), print_plan)
         with stoppable(out):
             began = time.perf_counter()
-            path = pipeline.quantize(model, out, overwrite=overwrite, restart=restart, progress=reporter.update,
-                                     **fields)
+            path = pipeline.quantize(model, out, overwrite=overwrite, restart=restart, save_imatrix=save_imatrix,
+                                     progress=reporter.update, **fields)
             seconds = round(time.perf_counter() - began, 1)
     if process_rank():
         return  # rank 0 of a torchrun launch reports

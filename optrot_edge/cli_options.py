@@ -68,7 +68,8 @@ MaxMemory = Annotated[str | None, typer.Option(help="Memory to stay within, such
 EmbeddingType = Annotated[str | None, typer.Option(help="Type of an untied embedding; others than GGUF such as 8bit "
                                                         "(default: --type).")]
 HeadType = Annotated[str | None, typer.Option(help="Type of the output head, or of the tied matrix (default: q8_0, in "
-                                                   "a mix the mix's; ONNX 8 bits, MLX the rest's, GPTQ f16).")]
+                                                   "a mix the mix's, with --type f16 f16; ONNX 8 bits, MLX the "
+                                                   "rest's, GPTQ f16).")]
 TensorType = Annotated[list[str] | None, typer.Option(
     metavar="PATTERN=TYPE", help="Type of the matrices whose name the regular expression finds, such as "
                                  "ffn_down=q6_k or 'blk\\.[0-3]\\.attn_v=q8_0'; repeatable, the first "
@@ -98,3 +99,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be 
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="MLX: run the model file that the folder "
                                                                            "brings.")]
 VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
+SplitMaxSize = Annotated[str | None, typer.Option(metavar="SIZE", help="GGUF: split it into files of at most this, "
+                                                  "such as 2G or 500M: NAME-00001-of-00003.gguf and so on.")]
+SaveImatrix = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write what calibration saw, in the "
+                                                  "rotated basis, as an imatrix (.gguf) for llama-quantize --imatrix.")]

@@ -58,9 +58,11 @@ def _checkpoint(path: Path) -> dict:
 
 def _describe_checkpoint(path: Path, manifest: dict) -> dict:
     types = _Types()
-    for entry in manifest["tensors"].values():
-        count, kind = prod(entry["shape"]), entry.get("grid") or entry["dtype"]
-        width = grid_spec(kind).bits_per_weight if "grid" in entry else 8 * np.dtype(kind).itemsize
+    halves = set(manifest.get("bfloat16") or ())
+    for name, entry in manifest["tensors"].items():
+        count, kind = prod(entry["shape"]), entry.get("grid") or ("bfloat16" if name in halves else entry["dtype"])
+        width = (grid_spec(kind).bits_per_weight if "grid" in entry else 16 if name in halves
+                 else 8 * np.dtype(kind).itemsize)
         types.add(kind, count, count * width)
     recipe = manifest["recipe"]
     return {"kind": "quantised checkpoint", "path": str(path), "family": manifest["model"]["family"],
@@ -112,8 +114,8 @@ def _gguf(path: Path) -> dict:
             "tied_head": "output.weight" not in file.tensors if file.tensors else None,
             **({"r4_block": r4_block} if r4_block else {}),
             "tokenizer": plain("tokenizer.ggml.pre") or plain("tokenizer.ggml.model"),
-            "bytes": file.size, "bytes_tensors": round(types.bits / 8), "bits_per_weight": types.bits_per_weight,
-            "types": types.table}
+            "parts": len(file.files), "bytes": file.size, "bytes_tensors": round(types.bits / 8),
+            "bits_per_weight": types.bits_per_weight, "types": types.table}
 
 
 def _mlx(path: Path) -> dict:

@@ -128,7 +128,8 @@ class Journal:
 class Lock:
     """Keeps other processes out of a work folder for as long as this one lives; `path` is a file beside it.
 
-    Raises InputError when another process holds it, or `path` cannot be made.
+    Use it as a context manager, or `release` it. Raises InputError when another process holds it, or `path` cannot be
+    made.
     """
 
     def __init__(self, path: Path):
@@ -175,6 +176,12 @@ class Lock:
             warnings.warn(f"{self.path.parent} knows no locks ({error.strerror}); start no second process there",
                           stacklevel=2)
 
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.release()
+
     def release(self) -> None:
         """Delete the file and let others in."""
         self.path.unlink(missing_ok=True)
@@ -187,21 +194,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def digest(path: Path) -> str:
-    """Hex digest of a file, or of a folder's files and their names."""
-    if not path.is_dir():
-        return sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256("".join(f"{sha256(file)} {file.relative_to(path)}\n" for file in files).encode()).hexdigest()
-
-
-def move_into_place(new: Path, out: Path) -> None:
-    """Rename a finished file or folder, and what it replaces out of the way."""
-    if new.is_dir():
-        move_folder(new, out)
-    else:
-        new.replace(out)
-        sync_folder(out.absolute().parent)
+def digest(folder: Path) -> str:
+    """Hex digest of a folder's files and their names."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    lines = "".join(f"{sha256(file)} {file.relative_to(folder)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def move_folder(new: Path, out: Path) -> None:

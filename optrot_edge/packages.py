@@ -12,6 +12,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.formats import GGUF_TYPES, source_dtype
 from optrot_edge.inputs import Progress
 from optrot_edge.journal import sha256
+from optrot_edge.memory import parse_size
 from optrot_edge.recipe import Recipe
 from optrot_edge.rotating import prepare_output
 from optrot_edge.runtime.imports import require
@@ -25,10 +26,12 @@ CARD = 2**13  # of the rest that is neither tensors nor tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PackageOptions:
-    """What shapes a package besides its checkpoint: `vocab_from`, a GGUF whose vocabulary a GGUF takes;
-    `execution_provider` (None: cpu) and `accuracy_level` (None: 0) of an ONNX package."""
+    """What shapes a package besides its checkpoint. Of a GGUF: `vocab_from`, a GGUF whose vocabulary it takes, and
+    `split_max_size`, the largest its files may be, such as "2G" (None: one file). Of an ONNX package:
+    `execution_provider` (None: cpu) and `accuracy_level` (None: 0)."""
 
     vocab_from: str | Path | None = None
+    split_max_size: str | int | None = None
     execution_provider: str | None = None
     accuracy_level: int | None = None
 
@@ -36,6 +39,10 @@ class PackageOptions:
         """InputError for options of another format."""
         if self.vocab_from is not None and format != "gguf":
             raise InputError("--vocab-from is for GGUF; other packages take the model's own tokenizer")
+        if self.split_max_size is not None:
+            if format != "gguf":
+                raise InputError("--split-max-size is for GGUF; other packages are folders")
+            split_size(self.split_max_size)
         if format != "onnx":
             for name in ("execution_provider", "accuracy_level"):
                 if getattr(self, name) is not None:
@@ -52,11 +59,16 @@ class PackageOptions:
 
 
 class GgufFormat:
-    """One file for llama.cpp."""
+    """One file for llama.cpp, or several parts of one."""
+
+    is_file = True
 
     @staticmethod
     def prepare(out: Path, overwrite: bool) -> None:
         """Make the folder of `out`; InputError when it is taken."""
+        from optrot_edge.exporters.gguf import check_free
+
+        check_free(out, overwrite)
         prepare_output(out, overwrite)
 
     @staticmethod
@@ -103,14 +115,16 @@ class GgufFormat:
         from optrot_edge.exporters.gguf import export_gguf
 
         check = partial(check_vocabulary, folder=checkpoint.path / "tokenizer", borrowed=options.vocab_from is not None)
-        return export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=options.vocab_from, check=check,
-                           progress=_bar(progress))
+        limit = None if options.split_max_size is None else split_size(options.split_max_size)
+        return export_gguf(checkpoint, out, overwrite=overwrite, vocab_from=options.vocab_from, split_max_size=limit,
+                           check=check, progress=_bar(progress))
 
 
 class FolderFormat:
     """What formats have in common whose packages are folders. Methods as GgufFormat's."""
 
     name: str
+    is_file = False
 
     @classmethod
     def prepare(cls, out: Path, overwrite: bool) -> None:
@@ -269,6 +283,12 @@ def _tokenizer_bytes(source) -> int:
 
 
 PACKAGES = {"gguf": GgufFormat, "mlx": MlxFormat, "onnx": OnnxFormat, "gptq": GptqFormat}
+
+
+def split_size(text: str | int) -> int:
+    """Bytes of "2G", "500M" (decimal, as llama.cpp's gguf-split has them) or of any size that `parse_size` knows."""
+    text = str(text).strip()
+    return parse_size(text + "B" if text[-1:] in tuple("MGmg") else text)
 
 
 def _bar(progress: Progress):

@@ -11,7 +11,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import fingerprint, shaping_fields
 from optrot_edge.formats import check_format
 from optrot_edge.inputs import CalibrationInputs, Progress, check_windows
-from optrot_edge.journal import remove_folder
+from optrot_edge.journal import JOURNAL, Lock, remove_folder
 from optrot_edge.memory import must_spill
 from optrot_edge.packages import PACKAGES, PackageOptions, without_metadata, write_package
 from optrot_edge.processes import process_count, process_rank
@@ -32,17 +32,40 @@ __all__ = ["evaluate", "export", "plan", "prepare_output", "quantize", "rotate",
 
 
 def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, restart: bool = False,
-             progress: Progress = quiet, rotation=None, **fields) -> Path:
+             save_imatrix: str | Path | None = None, progress: Progress = quiet, rotation=None, **fields) -> Path:
     """Rotate and quantise `model` into the checkpoint folder `out`; `fields` are Recipe's.
 
-    `rotation` may also be a Rotation made before. A run that was stopped, however, goes on where it was when it is
-    started again, and gives the same bytes; `restart` forgets it. Raises InputError on bad input, where a first run
-    leaves nothing behind, and on a stopped run of other settings or inputs. Warns of numerical trouble that the result
-    has, which the manifest keeps under "warnings". Under torchrun the processes share the work and only rank 0 writes.
+    `rotation` may also be a Rotation made before. `save_imatrix`: write what calibration saw there too, for
+    llama-quantize, see `optrot_edge.exporters.gguf_imatrix`. A run that was stopped, however, goes on where it was when
+    it is started again, and gives the same bytes; `restart` forgets it. Raises InputError on bad input, where a first
+    run leaves nothing behind, and on a stopped run of other settings or inputs. Warns of numerical trouble that the
+    result has, which the manifest keeps under "warnings". Under torchrun the processes share the work and only rank 0
+    writes.
     """
+    _check_imatrix(save_imatrix, overwrite or (Path(out) / JOURNAL).is_file(), fields.get("calibration"))
     source, recipe, rotation = _opened(model, rotation, fields, progress)
     with _writer(Path(out), overwrite, restart) as writer:
-        return writer.finish(_quantize_into(writer, source, recipe, rotation, progress))
+        path = writer.finish(_quantize_into(writer, source, recipe, rotation, progress))
+        if not process_rank():
+            _write_imatrix(path, save_imatrix)
+        return path
+
+
+def _check_imatrix(path: str | Path | None, overwrite: bool, calibration: str | None = None) -> None:
+    """InputError, before any work, for an imatrix that cannot be written."""
+    if path is not None:
+        prepare_output(Path(path), overwrite)
+        if calibration == "none":
+            raise InputError("--save-imatrix holds what calibration saw; give --calibration a text")
+
+
+def _write_imatrix(checkpoint: Path, path: str | Path | None) -> dict:
+    """Write the imatrix of a checkpoint folder to `path`, if asked for; what a summary says of it."""
+    if path is None:
+        return {}
+    from optrot_edge.exporters.gguf_imatrix import export_imatrix
+
+    return {"imatrix": export_imatrix(QuantizedCheckpoint(checkpoint), path, overwrite=True)["path"]}
 
 
 def _opened(model, rotation, fields: dict, progress: Progress, *, options: PackageOptions | None = None) -> tuple:
@@ -154,6 +177,7 @@ def _fill(source, rotation, recipe: Recipe, inputs: CalibrationInputs, folder: W
     return {"model": rotated.config.to_dict(), "rotation": rotation.describe(),
             "recipe": shaping_fields(recipe, inputs.device), "seed": recipe.seed,
             "calibration_sha256": settings["text"], "versions": settings["versions"],
+            "bfloat16": [name for name, kind in types.items() if kind == "bf16"],
             "inputs": settings["files"], "errors": quantizer.reports, "expected_kl": expected,
             "notes": check_widths(source, recipe, rotated.config, chosen),
             "warnings": warnings_of(quantizer.reports)}
@@ -178,46 +202,52 @@ def _distill(source, recipe: Recipe, inputs: CalibrationInputs, folder: WorkFold
 
 
 def export(model: str | Path, out: str | Path, *, format: str | None = None, overwrite: bool = False,
-           restart: bool = False, checkpoint: str | Path | None = None, vocab_from: str | Path | None = None,
+           restart: bool = False, checkpoint: str | Path | None = None, save_imatrix: str | Path | None = None,
+           vocab_from: str | Path | None = None, split_max_size: str | int | None = None,
            execution_provider: str | None = None, accuracy_level: int | None = None, progress: Progress = quiet,
            **fields) -> dict:
     """Write `model` (a checkpoint folder, or a model to quantise first) as a package; returns its summary.
 
-    `format` None: the one the checkpoint was made for, or gguf. `vocab_from`, `execution_provider`, `accuracy_level`:
-    see `optrot_edge.packages.PackageOptions`. With a model, `fields` are Recipe's, `checkpoint` keeps
-    the intermediate checkpoint there, `target_size` is the size of the whole package, and a run that was stopped goes
-    on when it is started again (see `quantize`). Under torchrun only rank 0 writes; the other processes get an empty
-    summary.
+    `format` None: the one the checkpoint was made for, or gguf. `vocab_from`, `split_max_size`, `execution_provider`,
+    `accuracy_level`: see `optrot_edge.packages.PackageOptions`; `save_imatrix`: see `quantize`.
+    With a model, `fields` are Recipe's, `checkpoint` keeps the intermediate checkpoint there, `target_size` is the size
+    of the whole package, and a run that was stopped goes on when it is started again (see `quantize`). Under torchrun
+    only rank 0 writes; the other processes get an empty summary.
     """
     out, format = Path(out), _format_of(model, format, fields)
-    options = PackageOptions(vocab_from, execution_provider, accuracy_level)
+    options = PackageOptions(vocab_from, split_max_size, execution_provider, accuracy_level)
     options.check(format)
     place = out.with_name(out.name + ".checkpoint") if checkpoint is None else Path(checkpoint)
     if process_rank():  # of a torchrun launch: rank 0 packages what all have quantised
         if not is_checkpoint(model):
             quantize(model, place, format=format, **fields)
         return {}
-    PACKAGES[format].prepare(out, overwrite or was_packaged(place, out))
-    if is_checkpoint(model):
-        return write_package(format, model, out, overwrite, options, progress)
-    source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, options=options)
-    with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
-        folder = _quantize_into(writer, source, recipe, rotation, progress)
-        if checkpoint is not None:
-            writer.finish(folder)
-        return package(folder, out, options.recorded(), lambda path: write_package(
-            format, folder.work, path, True, options, progress))
+    with Lock(out.with_name(out.name + ".lock")):
+        overwrites = overwrite or was_packaged(place, out)
+        PACKAGES[format].prepare(out, overwrites)
+        _check_imatrix(save_imatrix, overwrites, fields.get("calibration"))
+        if is_checkpoint(model):
+            summary = write_package(format, model, out, overwrite, options, progress)
+            return summary | _write_imatrix(model, save_imatrix)
+        source, recipe, rotation = _opened(model, None, fields | {"format": format}, progress, options=options)
+        with _writer(place, overwrite, restart, temporary=checkpoint is None) as writer:
+            folder = _quantize_into(writer, source, recipe, rotation, progress)
+            if checkpoint is not None:
+                writer.finish(folder)
+            summary = package(folder, out, options.recorded(), lambda path: write_package(
+                format, folder.work, path, True, options, progress), is_file=PACKAGES[format].is_file)
+            return summary | _write_imatrix(folder.work, save_imatrix)
 
 
 def plan(model: str | Path, *, packaged: bool = False, format: str | None = None,
-         vocab_from: str | Path | None = None, execution_provider: str | None = None,
-         accuracy_level: int | None = None, **fields) -> dict:
+         vocab_from: str | Path | None = None, split_max_size: str | int | None = None,
+         execution_provider: str | None = None, accuracy_level: int | None = None, **fields) -> dict:
     """What `quantize`, or with `packaged` `export`, would do and cost; see optrot_edge.plan.
 
     Refuses what they would refuse before their work begins.
     """
     format = _format_of(model, format, fields)
-    options = PackageOptions(vocab_from, execution_provider, accuracy_level)
+    options = PackageOptions(vocab_from, split_max_size, execution_provider, accuracy_level)
     options.check(format)
     if packaged and is_checkpoint(model):
         from optrot_edge.plan import plan_checkpoint

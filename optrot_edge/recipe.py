@@ -25,8 +25,8 @@ class Recipe:
     `type` is the body's grid (a GGUF type, or `int4-g128-sym`, `mlx-4bit-g64` and the like; what
     rows cannot be falls back as `optrot_edge.gridspec.fitting_type` says) or a mix
     (`optrot_edge.tensor_types.PRESETS`); None means q4_0. `embedding_type` None means the body's, `head_type` None
-    means q8_0, in a mix the mix's (a tied matrix takes the head's type). `tensor_type`: PATTERN=TYPE entries that go
-    before all of these.
+    means q8_0, in a mix the mix's, with a float body its type (a tied matrix takes the head's type). `tensor_type`:
+    PATTERN=TYPE entries that go before all of these.
     `target_bpw` (bits per weight of all tensors) or `target_size` (their bytes) instead of `type`: types by
     measured KL per byte, see `optrot_edge.budget`; `embedding_type` and `head_type` None are then
     decided with the rest.
@@ -209,8 +209,8 @@ class Recipe:
             raise InputError(f"--rotation {self.rotation} needs calibration text; give --calibration, or choose "
                              "none, hadamard or optrot")
         if self.learns_with_data and self.grid in FLOAT_TYPES:
-            raise InputError(f"--rotation {self.rotation} is for a quantised body; with --type {self.type} use "
-                             "--rotation none")
+            raise InputError(f"--rotation {self.rotation} is for a quantised body; with --type {self.type} use none, "
+                             "hadamard, optrot, or a file that `optrot-edge rotate` made for the type to come")
         if self.plus_objective not in ("grid", "plain"):
             raise InputError(f"--plus-objective {self.plus_objective}: use grid or plain")
         if self.plus_start not in ("native", "hadamard"):

@@ -13,7 +13,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from optrot_edge.checkpoint import MANIFEST, Tensors, check_replaceable, manifest_text, read_shard, save_shard
+from optrot_edge.checkpoint import (
+    INPUTS,
+    MANIFEST,
+    InputSums,
+    Tensors,
+    check_replaceable,
+    manifest_text,
+    read_shard,
+    save_input_sums,
+    save_shard,
+)
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.fingerprint import differences
 from optrot_edge.journal import (
@@ -23,12 +33,12 @@ from optrot_edge.journal import (
     commit,
     digest,
     move_folder,
-    move_into_place,
     remove_folder,
     restore_folder,
     sha256,
     sync_folder,
 )
+from optrot_edge.models.gguf_parts import move_set, outputs
 
 ROTATION = "rotation.safetensors"  # learned once; not part of a checkpoint
 
@@ -68,10 +78,15 @@ class WorkFolder:
         file = f"{shard}.safetensors"
         return read_shard(self.work / file, self.journal.about(file)["tensors"])
 
-    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None) -> None:
-        """Commit `tensors` as `shard`.safetensors, and `reports` (JSON) with them."""
+    def write_shard(self, shard: str, tensors: Tensors, reports: dict | None = None,
+                    inputs: InputSums | None = None) -> None:
+        """Commit the sums of the `inputs`, if any, then `tensors` as `shard`.safetensors with `reports` (JSON)
+        on them."""
         file, entries = f"{shard}.safetensors", {}
         try:
+            if inputs:
+                commit(self.work / (INPUTS + file), lambda partial: save_input_sums(partial, inputs))
+                self.journal.keep(INPUTS + file)
             commit(self.work / file, lambda partial: entries.update(save_shard(partial, tensors, file)))
         except (SafetensorError, OSError) as error:
             raise StorageError(f"{self.work} cannot be written: {error}") from None
@@ -125,39 +140,48 @@ class WorkFolder:
 PACKAGE = "package"  # name of the journal's note on what was exported
 
 
-def package(folder: WorkFolder, out: Path, options: dict, export: Callable[[Path], dict]) -> dict:
+def package(folder: WorkFolder, out: Path, options: dict, export: Callable[[Path], dict], *, is_file: bool) -> dict:
     """Put the package of a complete folder at `out`, with `export(path)`, and return its summary; `options` is JSON of
-    what else shapes it.
+    what else shapes it. `is_file`: a package is a file, or several beside each other, and not a folder.
 
-    It is made beside `out`, noted with its hash, and then renamed: whichever of these a run was killed after, the next
-    one knows whether `out` is its own.
+    It is made beside `out`, noted with its hashes, and then renamed: whichever of these a run was killed after, the
+    next one knows whether what lies at `out` is its own.
     """
     new = out.with_name(out.name + ".new")
     made = folder.journal.about(PACKAGE)
-    if made and made.get("options") == options and out.exists() and digest(out) == made["sha256"]:
+    if made and made.get("options") == options and _hashes(out) == made["files"]:
         if out.is_dir():
             restore_folder(out)  # deletes what it replaced
         return made["summary"]
+    remove_folder(new)
     try:
-        summary = export(new) | {"path": str(out)}
-        folder.journal.note(PACKAGE, {"sha256": digest(new), "options": options, "summary": summary})
-        move_into_place(new, out)
+        summary = export(new / out.name if is_file else new)
+        files = {path.name: sha256(path) for path in new.iterdir()} if is_file else {out.name: digest(new)}
+        summary |= {"path": str(out.with_name(min(files)))}
+        folder.journal.note(PACKAGE, {"files": files, "options": options, "summary": summary})
+        move_set(new, out) if is_file else move_folder(new, out)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from None
     finally:
-        remove_folder(new) if new.is_dir() else new.unlink(missing_ok=True)
+        remove_folder(new)
     return summary
 
 
+def _hashes(out: Path) -> dict[str, str]:
+    """Hex digests, by name, of what lies at `out`: a folder, a file, or parts of a split one."""
+    return {out.name: digest(out)} if out.is_dir() else {path.name: sha256(path) for path in outputs(out)}
+
+
 def was_packaged(checkpoint: Path, out: Path) -> bool:
-    """Whether `out` was made by a run, with its checkpoint at `checkpoint`, that was killed before it tidied up."""
+    """Whether what lies at `out` was made by a run, with its checkpoint at `checkpoint`, that was killed before it
+    tidied up, or had moved all parts of a split file."""
     beside = checkpoint.absolute()
-    work = beside.with_name(beside.name + ".partial")
-    folders = [beside, work, *work.glob("*/")] if out.exists() else []
+    work, found = beside.with_name(beside.name + ".partial"), outputs(out)
+    folders = [beside, work, *work.glob("*/")] if found else []
     notes = [note for journal in map(Journal.load, folders) if journal and (note := journal.about(PACKAGE))]
-    if notes and digest(out) in (note["sha256"] for note in notes):
+    if notes and any(_hashes(out).items() <= note["files"].items() for note in notes):
         return True
-    if out.exists() and work.with_name(work.name + ".lock").exists():
+    if found and work.with_name(work.name + ".lock").exists():
         with ResumableWriter(checkpoint, temporary=True) as writer:
             writer.clear_leftovers()
     return False

@@ -70,6 +70,8 @@ def head_grid(kind: str, hidden_size: int, format: str = "gguf") -> str:
         return kind  # mlx-lm treats it as the rest
     if format == "onnx":
         return re.sub(r"^int\d", "int8", kind)
+    if kind in FLOAT_TYPES:
+        return kind  # who wants a float file wants all of it so
     if kind not in PRESETS:
         return "q8_0"
     return "q8_0" if hidden_size % SUPER_BLOCK else PRESETS[kind].head

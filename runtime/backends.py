@@ -131,8 +131,12 @@ def _fitting(path: str | Path, kind: str, backend: str) -> str:
 
 
 def size_on_disk(path: str | Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Bytes of a file, of all parts of a split GGUF, or of all files in a folder."""
     path = Path(path)
+    if path.is_file() and kind_of(path) == "gguf":
+        from optrot_edge.models.gguf_file import GGUFFile
+
+        return GGUFFile(path).size
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
     return sum(entry.stat().st_size for entry in files)
 

@@ -15,6 +15,7 @@ import torch
 from optrot_edge import fingerprint, pipeline
 from optrot_edge.errors import InputError
 from optrot_edge.journal import JOURNAL, Lock
+from optrot_edge.models.gguf_parts import part_path
 from tests.crashes import KILLED, contents, in_child, kill_after, kill_at
 from tests.road import save_model
 from tests.rotations.test_optrot_plus import make_uneven
@@ -58,7 +59,8 @@ def stopped(model, out, at: int = 1, **fields) -> None:
 def run_again(run, here, prepare=lambda: None) -> int:
     """Exit code of the same command once more. A run that was killed with all but its leftovers done is told so;
     these are gone then."""
-    done = (here / "out").exists() and not list(here.rglob(JOURNAL)) and not list(here.rglob("*.replaced"))
+    finished = (here / "out").exists() or part_path(here / "out", 0, 2).exists()
+    done = finished and not list(here.rglob(JOURNAL)) and not list(here.rglob("*.replaced"))
     code = in_child(run, prepare)
     return 0 if done and code == 1 else code
 
@@ -98,12 +100,13 @@ def test_killed_at_random_moments(command, fields, models, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["quantize", "overwrite", "export", "export with checkpoint", "export mlx",
-                                  "export mlx overwrite", "export onnx", "export onnx overwrite"])
+@pytest.mark.parametrize("what", ["quantize", "overwrite", "export", "export split", "export with checkpoint",
+                                  "export mlx", "export mlx overwrite", "export onnx", "export onnx overwrite"])
 def test_killed_before_every_operation_on_the_disk(what, models, tmp_path):
     """Every moment at which what is on the disk changes; with ONNX, whose builder makes many files, every seventh."""
     model, arguments, overwrite = models["one layer"], dict(RTN), what.endswith("overwrite")
     arguments |= {"format": "mlx"} if "mlx" in what else {"format": "onnx"} if "onnx" in what else {}
+    arguments |= {"split_max_size": 400_000} if "split" in what else {}
     if "onnx" in what:
         import_module("optrot_edge.exporters.onnx")  # once, not in every child
     command = pipeline.export if what.startswith("export") else pipeline.quantize
@@ -173,12 +176,12 @@ def test_nothing_is_learned_or_quantised_twice(models, text, tmp_path):
     fields, calls = {**FAST, "calibration": text}, []
     stopped(models["tinyllama"], tmp_path / "c", 2, **fields)
     kept = contents(tmp_path / "c.partial")
-    assert {"rotation.safetensors", "embedding.safetensors", "layer-00000.safetensors", "layer-00001.safetensors",
-            JOURNAL} == set(kept)
+    layers = {f"{what}layer-0000{index}.safetensors" for what in ("", "inputs-") for index in (0, 1)}
+    assert {"rotation.safetensors", "embedding.safetensors", *layers, JOURNAL} == set(kept)
     times = {name: (tmp_path / "c.partial" / name).stat().st_mtime_ns for name in kept}
     pipeline.quantize(models["tinyllama"], tmp_path / "c", progress=lambda *call: calls.append(call), **fields)
     assert "learn rotation" not in [call[0] for call in calls]
-    for name in ("embedding.safetensors", "layer-00000.safetensors", "layer-00001.safetensors"):
+    for name in ("embedding.safetensors", *layers):
         assert (tmp_path / "c" / name).stat().st_mtime_ns == times[name]
     assert JOURNAL not in names(tmp_path / "c") and "rotation.safetensors" not in names(tmp_path / "c")
 

@@ -24,7 +24,7 @@ VOCAB_FILE = "vocab.gguf"
 
 
 class GGUFSource(ModelSource):
-    """A model in one GGUF file; q and k rows are given in Hugging Face's RoPE order, and R4 is undone.
+    """A model in a GGUF, split or not; q and k rows are given in Hugging Face's RoPE order, and R4 is undone.
 
     Raises InputError when opened if anything but the values of the tensors is wrong.
     """
@@ -33,8 +33,8 @@ class GGUFSource(ModelSource):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.files = [self.path]
         self._file = GGUFFile(self.path)
+        self.files = self._file.files
         self.family, self.config = parse_metadata(self._file)
         self._r4_block = read_r4_block(self._file)
         for kind in sorted({info.type for info in self._file.tensors.values()}):
@@ -90,9 +90,6 @@ def parse_metadata(file: GGUFFile) -> tuple[Family, ModelConfig]:
     if not isinstance(arch, str):
         raise InputError(f"{file.path}: general.architecture is missing; not a model")
     arch = base_architecture(arch)
-    if file.value("split.count", 0) not in (0, 1):
-        raise InputError(f"{file.path} is one part of a split GGUF; join the parts first "
-                         "(llama-gguf-split --merge)")
     if file.value(f"{arch}.expert_count", 0) not in (0, 1):
         raise InputError(f"{file.path}: {arch} with experts cannot be rotated: mixtures of experts "
                          "are not supported yet")

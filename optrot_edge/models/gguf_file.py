@@ -8,6 +8,7 @@ allocation; `gguf.GGUFReader` trusts the header.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import struct
@@ -19,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from optrot_edge.errors import InputError
+from optrot_edge.models.gguf_parts import siblings
 
 MAGIC, VERSION = b"GGUF", 3
 _SCALARS = {
@@ -49,8 +51,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: `shape` is numpy's order ([out, in]); `offset` is absolute, in bytes."""
+    """One tensor: `shape` is numpy's order ([out, in]); `offset` is absolute, in bytes, in the file `path`."""
 
+    path: Path
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
@@ -58,13 +61,16 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """Header of a GGUF file: `entries` (metadata by key) and `tensors` (TensorInfo by name).
+    """Header of a GGUF: `entries` (metadata by key) and `tensors` (TensorInfo by name).
 
-    Raises InputError if the file is not a GGUF, is damaged, truncated, big-endian or of version 1.
+    `path` is the file, or the first part of a split one, whose other parts are read too; `files` are all of them.
+    Raises InputError if a file is missing, not a GGUF, damaged, truncated, big-endian or of version 1.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, whole: bool = True):
+        """`whole` False: this file only, whichever part it is."""
         self.path = Path(path)
+        self.files = [self.path]
         self.entries: dict[str, Entry] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
@@ -76,6 +82,9 @@ class GGUFFile:
                     self._parse(_Cursor(self.path, data))
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from None
+        count = self.value("split.count", 0)
+        if whole and count not in (0, 1):
+            self._join(count)
 
     def value(self, key: str, default=None):
         """Scalar, string or ArrayInfo stored under `key`, or `default`."""
@@ -97,12 +106,12 @@ class GGUFFile:
         for start in range(0, len(rows), step):
             count = min(step, len(rows) - start)
             try:
-                raw = np.fromfile(self.path, np.uint8, count * info.row_bytes,
+                raw = np.fromfile(info.path, np.uint8, count * info.row_bytes,
                                   offset=info.offset + (before + start) * info.row_bytes)
             except OSError as error:
-                raise InputError(f"{self.path}: {name} cannot be read: {error}") from None
+                raise InputError(f"{info.path}: {name} cannot be read: {error}") from None
             if raw.size != count * info.row_bytes:
-                raise InputError(f"{self.path} is truncated: {name} ends early")
+                raise InputError(f"{info.path} is truncated: {name} ends early")
             with np.errstate(all="ignore"):  # damaged scales are caught by the caller's NaN check
                 rows[start:start + count] = dequantize(raw.reshape(count, -1), info.type)
         return out
@@ -151,7 +160,32 @@ class GGUFFile:
                 cursor.fail(f"tensor {name} appears twice")
             if info.offset % alignment or base + info.offset + size > self.size:
                 cursor.fail(f"tensor {name} lies outside the file")
-            self.tensors[name] = TensorInfo(info.shape, info.type, base + info.offset, info.row_bytes)
+            self.tensors[name] = dataclasses.replace(info, offset=base + info.offset)
+
+    def _join(self, count) -> None:
+        """Add the tensors of the other parts; this file must be the first of them."""
+        number, announced = self.value("split.no"), self.value("split.tensors.count")
+        if not isinstance(count, int) or not isinstance(number, int) or not 0 <= number < count:
+            raise InputError(f"{self.path} is damaged: split.no is {number!r} and split.count {count!r}")
+        self.files = siblings(self.path, number, count)
+        if number:
+            raise InputError(f"{self.path} is part {number + 1} of {count} of a split GGUF; give the first, "
+                             f"{self.files[0]}")
+        for index, path in enumerate(self.files[1:], 1):
+            if not path.is_file():
+                raise InputError(f"{path} is missing: {self.path} is part 1 of {count} of a split GGUF, and all parts "
+                                 "must lie in one folder; download or copy it again")
+            part = GGUFFile(path, whole=False)
+            if (part.value("split.no"), part.value("split.count")) != (index, count):
+                raise InputError(f"{path} is not part {index + 1} of {count}: its keys say split.no "
+                                 f"{part.value('split.no')!r} and split.count {part.value('split.count')!r}")
+            if twice := part.tensors.keys() & self.tensors.keys():
+                raise InputError(f"{path}: tensor {min(twice)} is in an earlier part too; the parts are not of one set")
+            self.tensors |= part.tensors
+            self.size += part.size
+        if announced != len(self.tensors):
+            raise InputError(f"{self.path}: split.tensors.count is {announced!r}, but the {count} parts hold "
+                             f"{len(self.tensors)} tensors; they are not of one set")
 
     def _tensor(self, cursor: _Cursor) -> tuple[str, TensorInfo, int]:
         """Name, info with the offset relative to the data, and size in bytes."""
@@ -171,7 +205,7 @@ class GGUFFile:
         row_bytes, size = shape[-1] // block * type_size, 1
         for length in shape[:-1]:
             size *= length
-        return name, TensorInfo(shape, kind, cursor.number("<Q"), row_bytes), size * row_bytes
+        return name, TensorInfo(self.path, shape, kind, cursor.number("<Q"), row_bytes), size * row_bytes
 
 
 def can_dequantize(kind: GGMLQuantizationType) -> bool:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from optrot_edge.errors import InputError
 from optrot_edge.models.hf_config import parse_config, read_json
+from optrot_edge.models.model_card import MODEL_CARD, hub_id, save_card
 from optrot_edge.models.source import ModelSource
 from optrot_edge.models.tokenizer_files import MORE_TEMPLATES, TOKENIZER_FILES, copy_tokenizer, tokenizer_files
+from optrot_edge.tensor_types import all_shapes
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -31,7 +34,7 @@ class HFSource(ModelSource):
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
         data = read_json(self.path / "config.json")
-        name = data.get("_name_or_path")
+        name = data.get("_name_or_path") or hub_id(self.path)
         self.family, self.config = parse_config(
             data, name if isinstance(name, str) and name else self.path.resolve().name)
         self._shard_of = self._find_shards()
@@ -65,8 +68,10 @@ class HFSource(ModelSource):
                              "from the embedding; set it to false in config.json")
 
     def save_tokenizer(self, folder: str | Path) -> list[Path]:
-        """Copy the tokenizer files that exist into `folder` and return the copies."""
-        return copy_tokenizer(self.path, Path(folder))
+        """Copy the tokenizer files that exist into `folder`, with what the model card says; the files there."""
+        folder = Path(folder)
+        weights = sum(map(prod, all_shapes(self.family, self.config).values()))
+        return copy_tokenizer(self.path, folder) + save_card(self.path, folder, self.config.name, weights)
 
     def stored_dtype(self, name: str) -> str:
         """The tensor's dtype in the file's header."""
@@ -177,7 +182,7 @@ def download(model_id: str, revision: str | None = None) -> Path:
         import httpx  # what newer versions of huggingface_hub speak through
 
         failures += (httpx.HTTPError,)
-    patterns = ["config.json", "model*.safetensors", _INDEX, *TOKENIZER_FILES, MORE_TEMPLATES]
+    patterns = ["config.json", "model*.safetensors", _INDEX, *TOKENIZER_FILES, MORE_TEMPLATES, MODEL_CARD]
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except failures as error:

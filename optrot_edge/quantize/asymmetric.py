@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 
 from optrot_edge.device import widest_float
@@ -85,6 +86,12 @@ def mean_hessian(moments: list[Moments]) -> torch.Tensor | None:
     if not moments:
         return None
     return sum((more.hessian for more in moments[1:]), start=moments[0].hessian).mean()
+
+
+def input_sums(moments: list[Moments]) -> tuple[np.ndarray, int]:
+    """Σ x̃² over all tokens of all windows, float32 [in], and the number of tokens."""
+    hessian = sum((more.hessian for more in moments[1:]), start=moments[0].hessian)
+    return hessian.total.diagonal().float().cpu().numpy(), hessian.tokens
 
 
 def corrected(weights: dict[str, torch.Tensor], fit: Moments, held_out: Moments, damp: float) -> tuple[

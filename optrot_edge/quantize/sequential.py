@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from optrot_edge.checkpoint import CheckpointWriter, QuantizedTensor
+from optrot_edge.checkpoint import CheckpointWriter, InputSums, QuantizedTensor
 from optrot_edge.errors import InputError
 from optrot_edge.memory import CHUNK
 from optrot_edge.models import forward
 from optrot_edge.models.family import HEAD_MIX
-from optrot_edge.quantize.asymmetric import Moments, held_out_count, mean_hessian
+from optrot_edge.quantize.asymmetric import Moments, held_out_count, input_sums, mean_hessian
 from optrot_edge.quantize.matrices import MatrixQuantizer, QuantizerOptions
 from optrot_edge.quantize.numerics import (
     as_float,
@@ -50,6 +50,7 @@ class SequentialQuantizer:
         self._entered = 0  # reports that are in a shard's entry
         self.tokens, self.scratch, self.guidance = tokens, scratch, guidance
         self._stream = self._float_stream = None
+        self._sums: InputSums = {}  # of the shard in the making
         self._held_out, self._judges = 0, False
         self.world = World(self.device)
         self.matrices = MatrixQuantizer(options, self.world)
@@ -104,9 +105,9 @@ class SequentialQuantizer:
         return reports is not None
 
     def _commit(self, writer, shard: str, tensors: dict) -> None:
-        """Write `shard` with the reports on its tensors."""
-        writer.write_shard(shard, tensors, dict(list(self.reports.items())[self._entered:]))
-        self._entered = len(self.reports)
+        """Write `shard` with the reports on its tensors and the sums of their squared inputs."""
+        writer.write_shard(shard, tensors, dict(list(self.reports.items())[self._entered:]), self._sums)
+        self._entered, self._sums = len(self.reports), {}
 
     def _start(self, stored: QuantizedTensor | np.ndarray | None) -> None:
         """Residual streams before the first layer: as the package has it (`stored`) and, for asymmetric calibration,
@@ -196,6 +197,8 @@ class SequentialQuantizer:
                     float_inputs = None if aims is None else self._remembered(float_inputs, width)
                 weights = None if self.guidance is None else self.guidance[index][name]
                 moments = self._observe(inputs, float_inputs, width, writes, weights)
+                if moments:
+                    self._sums |= dict.fromkeys((f"{prefix}{name}.weight" for name in names), input_sums(moments))
                 with naming(", ".join(prefix + name for name in names)):
                     if not all(one.finite for one in moments):
                         refuse_overflow(layer, index, self.source)
@@ -261,5 +264,7 @@ class SequentialQuantizer:
             with naming("lm_head"):
                 refuse_overflow({"norm.weight": norm}, None, self.source)
         name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        if moments and mix is None:
+            self._sums[f"{name}.weight"] = input_sums(moments)
         out[f"{name}.weight"] = self.matrices.plain(name, self.model.chunks(f"{name}.weight"), mean_hessian(moments))
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from optrot_edge.checkpoint import CheckpointWriter, QuantizedCheckpoint, QuantizedTensor, grid_spec
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.exporters.gguf import export_gguf, write_gguf
 from optrot_edge.exporters.gguf_entries import read_entries
 from optrot_edge.exporters.gguf_plan import plan_gguf
@@ -228,19 +229,45 @@ def test_existing_output(tmp_path):
 def test_unwritable_output(tmp_path):
     checkpoint = write_checkpoint(tmp_path, "llama")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot create .*file/m.gguf"):
         export_gguf(checkpoint, tmp_path / "file" / "m.gguf")
 
 
-def test_full_disk_leaves_nothing(tmp_path):
-    """A limit on the size of files stands in for the full disk: the write fails part-way."""
+@pytest.mark.parametrize("limit", [None, 400_000])
+def test_a_write_that_fails_leaves_nothing(limit, tmp_path):
+    """A limit on the size of files: the write fails part-way, of one file or of the first of several."""
     checkpoint = write_checkpoint(tmp_path, "llama", "float32")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        refused(checkpoint, tmp_path, "cannot be written")
+        refused(checkpoint, tmp_path, "cannot be written", split_max_size=limit)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 512 KiB; skips where none may be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_leaves_nothing(small_disk, tmp_path, monkeypatch):
+    """Told before anything is written where free space says so, and when the disk fills up meanwhile."""
+    checkpoint = write_checkpoint(tmp_path, "llama", "float32")
+    with pytest.raises(StorageError, match="bytes are needed and .* are free"):
+        export_gguf(checkpoint, small_disk / "m.gguf")
+    plenty = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("optrot_edge.exporters.gguf.shutil.disk_usage", lambda _: plenty)
+    for limit in (None, 300_000):
+        with pytest.raises(StorageError, match="cannot be written: .*(No space left|the disk is full)"):
+            export_gguf(checkpoint, small_disk / "m.gguf", split_max_size=limit)
+        assert not list(small_disk.iterdir())
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])  # while writing, while verifying
