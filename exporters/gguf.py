@@ -126,8 +126,8 @@ def metadata_bytes(plan: Plan) -> int:
             writer.flush()
         finally:
             writer.close()
-        one_more = 256  # an output.weight, if a rotation unties it
-        return path.stat().st_size + writer.data_alignment * (len(plan.tensors) + 2) + one_more
+        more = 1024  # keys that say how it was made, and an output.weight, if a rotation unties it
+        return path.stat().st_size + writer.data_alignment * (len(plan.tensors) + 2) + more
 
 
 def write_gguf(plan: Plan, checkpoint: QuantizedCheckpoint, path: Path, report: Progress) -> None:
