@@ -1,4 +1,4 @@
-"""The command line: `optrot-edge export | rotate | quantize | eval | chat | reference | inspect | doctor`.
+"""The command line: `optrot-edge export | rotate | quantize | compare | eval | chat | reference | inspect | doctor`.
 
 Exit codes: 0 done, 1 internal failure, 2 bad input or usage, 130 interrupted.
 """
@@ -21,7 +21,15 @@ from optrot_edge.errors import InputError, StorageError
 from optrot_edge.memory import parse_size
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.stopping import stoppable, what_is_kept
-from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
+from optrot_edge.terminal import (
+    Reporter,
+    print_comparison,
+    print_inspection,
+    print_plan,
+    print_report,
+    print_rotation,
+    print_rows,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp, MLX or "
@@ -159,12 +167,42 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
     _emit(summary, print_rotation)
 
 
+@app.command()
+def compare(model: opt.Model, text: Annotated[str, typer.Option(help="Text to evaluate on: a file, builtin or a hub "
+                                                                     "dataset.")],
+            out: Annotated[Path, typer.Option(help="Folder for tables, figures, rotations and the journal.")],
+            rotations: opt.Rotations = "none,hadamard,optrot", bits: opt.BitsList = "4", group_size: opt.IntGroup = 256,
+            grid: opt.IntGrid = "zero", quantizers: opt.Quantizers = "gptq", activations: opt.ActivationsList = "16",
+            online: opt.Online = "no", rotate: opt.Fused = "r1,r2", scales: opt.Scales = True,
+            r4_block: opt.R4Block = 256, optrot_solver: opt.Solver = "polar", optrot_steps: opt.Steps = None,
+            optrot_rows: opt.Rows = None, plus_objective: opt.PlusObjective = "grid",
+            plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, calibration: opt.TextOnly = "builtin",
+            nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256, damp: opt.Damp = 0.01,
+            act_order: opt.ActOrder = True, windows: opt.Windows = None, window: opt.Window = None,
+            mu_h: opt.MuH = True, max_minutes: opt.MaxMinutes = None, seed: opt.Seed = 0, device: opt.Device = "auto",
+            max_memory: opt.MaxMemory = None, restart: opt.Restart = False, quiet: opt.Quiet = False,
+            json: opt.Json = False, ctx: typer.Context = None):
+    """Measure MODEL under several rotations, as the papers' tables do: KL, perplexity, SNR, figures.
+
+    Rows are rotations × bits × quantizers × online × activations, in torch. The same command goes on after a stop, and
+    lists may grow from one run to the next.
+    """
+    from optrot_edge.compare.comparison import compare as run
+
+    fields = {name: value for name, value in _recipe_fields(ctx).items() if name not in ("bits", "group_size")}
+    with _reporter(quiet, json) as reporter, stoppable(out, work=out) as stopped:
+        found = run(model, out, text=text, restart=restart, progress=reporter.update, interrupted=stopped,
+                    rotations=opt.listed(rotations), bits=opt.listed(bits, int), group_size=group_size, grid=grid,
+                    quantizers=opt.listed(quantizers), activations=opt.listed(activations, int), online=online,
+                    windows=windows, window=window, mu_h=mu_h, max_minutes=max_minutes, fields=fields)
+    _emit(found, lambda result: print_comparison(result, out))
+
+
 @app.command("eval")
 def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or ONNX folder, or a checkpoint.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference`.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
-             windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
-             window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
+             windows: opt.Windows = None, window: opt.Window = None,
              backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx, onnxruntime or torch (default: by "
                                                               "kind).")] = None,
              device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
@@ -210,8 +248,7 @@ def chat(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX o
 @app.command()
 def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, builtin, or a hub dataset.")],
               out: Annotated[Path, typer.Option(help="The reference file (.json or .json.gz).")],
-              windows: Annotated[int | None, typer.Option(help="Windows (default: all, at most 32).")] = None,
-              window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
+              windows: opt.Windows = None, window: opt.Window = None,
               top_k: Annotated[int, typer.Option(help="Log-probabilities kept per position.")] = 64,
               device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
               trust_remote_code: opt.TrustRemoteCode = False, overwrite: opt.Overwrite = False,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from optrot_edge.compare.arms import ARMS
+from optrot_edge.errors import InputError
 from optrot_edge.formats import BITS, DEFAULT_BITS, DEFAULT_GROUP, DTYPES, GGUF_TYPES, GROUPS
 from optrot_edge.recipe import DEFAULT_TYPE
 from optrot_edge.tensor_types import PRESETS
@@ -82,6 +84,10 @@ ReportText = Annotated[str, typer.Option(help="Text for the report's input stati
                                               "dataset name[:config], or none (weights only).")]
 MuH = Annotated[bool, typer.Option(help="Report the incoherence of the inputs' covariances too: slow above some "
                                         "8,000 dimensions without a GPU.")]
+TextOnly = Annotated[str, typer.Option(help="Text to calibrate on: builtin, a text file, or a hub dataset "
+                                            "name[:config].")]
+Windows = Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")]
+Window = Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")]
 Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
 Damp = Annotated[float, typer.Option(help="Hessian damping, fraction of its mean diagonal.")]
@@ -96,3 +102,22 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be 
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="MLX: run the model file that the folder "
                                                                            "brings.")]
 VocabFrom = Annotated[Path | None, typer.Option(help="Copy the vocabulary of this GGUF (same tokenizer).")]
+
+Rotations = Annotated[str, typer.Option(help=f"Arms to compare, a list of {', '.join(ARMS)}.")]
+BitsList = Annotated[str, typer.Option("--bits", help="Bits per weight, a list of 2 to 8.")]
+IntGroup = Annotated[int, typer.Option("--group-size", help="Weights that share a scale; it has to divide every row.")]
+IntGrid = Annotated[str, typer.Option("--grid", help="zero (integer zero-points), min (float offsets) or sym "
+                                                     "(symmetric).")]
+Quantizers = Annotated[str, typer.Option(help="A list of gptq, rtn.")]
+ActivationsList = Annotated[str, typer.Option("--activations", help="Bits of activations, a list; 16: as they are.")]
+Online = Annotated[str, typer.Option(help="Hadamard R3 and R4 while the model runs: no, yes or both.")]
+Fused = Annotated[str, typer.Option(help="Which rotations may be fused into the weights: a list of r1, r2.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Leave out, with a remark, what would not end within this.")]
+
+
+def listed(text: str, kind: type = str) -> list:
+    """The entries of a list with commas; InputError for one that is not of that kind."""
+    try:
+        return list(dict.fromkeys(kind(part.strip().lower()) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise InputError(f"{text!r}: whole numbers with commas between them are needed") from None
