@@ -31,10 +31,10 @@ _KNOWN = (
     Arm("optrot-top50", "OptRot, top 50", "optrot", {"optrot_objective": "top-50"}),
     Arm("optrot+", "OptRot+", "optrot+", per_grid=True),
     Arm("spinquant", "SpinQuant", "spinquant", baseline=True),
-    Arm("spinquant-w4", "SpinQuant-W4", "spinquant-w4", baseline=True),
+    Arm("spinquant-w4", "SpinQuant-W4", "spinquant-w4", per_grid=True, baseline=True),
     Arm("spinquant-a4", "SpinQuant-A4", "spinquant-a4", baseline=True),
     Arm("kurtail", "KurTail", "kurtail", baseline=True),
-    Arm("ostquant", "OSTQuant", "ostquant", baseline=True),
+    Arm("ostquant", "OSTQuant", "ostquant", per_grid=True, baseline=True),
 )
 ARMS = {arm.name: arm for arm in _KNOWN if arm.rotation in ROTATIONS}
 """Every arm that can be made."""
@@ -52,8 +52,9 @@ def learning_of(recipe: dict) -> dict | None:
     was learned."""
     if "loss_start" not in recipe:
         return None
-    return {"steps": recipe.get("steps_taken", recipe.get("steps")), "tokens_per_step": recipe.get("tokens_per_step"),
-            "loss_start": recipe["loss_start"], "loss": recipe["loss"]}
+    return {"steps": recipe.get("steps_taken", recipe.get("steps")),
+            "tokens_per_step": recipe.get("tokens", recipe.get("sampled_tokens")), "loss_start": recipe["loss_start"],
+            "loss": recipe["loss"]}
 
 
 def not_reproduced(arm: Arm, learning: dict | None) -> str | None:

@@ -32,11 +32,15 @@ QUANTITIES = {
 
 @dataclass
 class FigureFile:
-    """A figure to draw: its file's name, what it shows in one sentence, and `draw(path)`."""
+    """A figure: its file's name, what it shows, and `build()`, which returns matplotlib's Figure."""
 
     name: str
     caption: str
-    draw: Callable[[Path], None]
+    build: Callable
+
+    def draw(self, path: Path) -> None:
+        """Write it as PNG."""
+        self.build().savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
 def figures(results: dict) -> list[FigureFile]:
@@ -45,7 +49,7 @@ def figures(results: dict) -> list[FigureFile]:
     if any(row["status"] == "measured" for row in results["rows"]):
         found.append(FigureFile("kl.png", "KL divergence from the float model in nats: mean, and one standard error as "
                                           "whiskers. Each panel has its own scale; a hatched bar was not reproduced.",
-                                lambda path: _draw_kl(results, path)))
+                                lambda: _draw_kl(results)))
     for online in (False, True):
         arms = _arms(results, online)
         if not any(entry["online"] == online for entry in arms.values()):
@@ -61,7 +65,7 @@ def figures(results: dict) -> list[FigureFile]:
     found += _snr_figures(results)
     if results["curves"]:
         found.append(FigureFile("learning.png", "Loss of what was learned, over the steps; every arm has its own loss.",
-                                lambda path: _draw_curves(results, path)))
+                                lambda: _draw_curves(results)))
     return found
 
 
@@ -114,12 +118,7 @@ def _figure(width: float, height: float, title: str):
     return figure
 
 
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
-
-
-def _draw_layers(lines: dict, key: str, label: str, scale: str, title: str, path: Path, *,
-                 below: str | None = None) -> None:
+def _draw_layers(lines: dict, key: str, label: str, scale: str, title: str, *, below: str | None = None):
     """A panel per matrix, layers along x, a line per arm; `below` names a second value, drawn dotted."""
     figure = _figure(15, 7.5, title)
     grid = figure.subplots(2, 4, sharex=True, sharey=True)
@@ -143,10 +142,10 @@ def _draw_layers(lines: dict, key: str, label: str, scale: str, title: str, path
         axes.set_ylabel(label, fontsize=12)
     panels[-1].axis("off")
     panels[-1].legend(list(handles.values()), list(handles), loc="center", frameon=False, fontsize=12)
-    _save(figure, path)
+    return figure
 
 
-def _draw_kl(results: dict, path: Path) -> None:
+def _draw_kl(results: dict):
     """Bars of KL, a panel per table."""
     shown = [table for table in tables(results) if table["rows"]]
     columns = min(3, len(shown))
@@ -160,7 +159,7 @@ def _draw_kl(results: dict, path: Path) -> None:
     for axes, table in zip(grid.flat, shown, strict=False):
         _bars(axes, table)
         axes.tick_params(labelleft=axes in grid[:, 0] or len({len(t["rows"]) for t in shown}) > 1)
-    _save(figure, path)
+    return figure
 
 
 def _bars(axes, table: dict) -> None:
@@ -190,7 +189,7 @@ def _bars(axes, table: dict) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _draw_curves(results: dict, path: Path) -> None:
+def _draw_curves(results: dict):
     """A panel per learned rotation: losses of different methods have different units."""
     from matplotlib.ticker import MaxNLocator
 
@@ -213,4 +212,4 @@ def _draw_curves(results: dict, path: Path) -> None:
         axes.set_ylabel("loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    return figure
