@@ -163,6 +163,8 @@ def _draw_kl(results: dict):
 
 
 def _bars(axes, table: dict) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     rows = table["rows"]
     for place, row in enumerate(rows):
         value = row.get("kl_mean") if row["status"] == "measured" else None
@@ -182,6 +184,7 @@ def _bars(axes, table: dict) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     ends = [row["kl_mean"] + (row["kl_se"] or 0) for row in rows if row.get("kl_mean") is not None]
     axes.set_xlim(0, 1.22 * max(ends, default=1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel("KL (nats)")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -89,7 +89,7 @@ def remarks(row: dict) -> str:
     if row["learning"]:
         learning = row["learning"]
         tokens = f" of {learning['tokens_per_step']:,} tokens" if learning["tokens_per_step"] else ""
-        found.append(f"{learning['steps']} steps{tokens}, loss {learning['loss_start']:.4g} to {learning['loss']:.4g}")
+        found.append(f"{learning['steps']} steps{tokens}, loss {learning['loss_start']:.6g} to {learning['loss']:.6g}")
     return "; ".join(found + row.get("warnings", []))
 
 

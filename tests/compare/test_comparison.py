@@ -252,6 +252,13 @@ def test_an_arm_that_fails_is_a_row_with_its_reason(uneven, words, text, tmp_pat
     assert "failed" in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_a_signal_that_came_out_as_another_exception_is_no_failed_row(uneven, words, text, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(uneven, words, text, tmp_path / "out", rotations=["hadamard"], online="yes", fields={"r4_block": 64},
+            interrupted=lambda: True)
+    assert not any(name.startswith("row ") for name in Journal.load(tmp_path / "out").entries)
+
+
 def test_what_does_not_fit_the_time_is_left_out_and_measured_later(uneven, words, text, tmp_path):
     found = run(uneven, words, text, tmp_path / "out", max_minutes=0.02)
     assert {row["status"] for row in found["rows"]} == {"skipped"}
