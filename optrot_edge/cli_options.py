@@ -29,6 +29,10 @@ E2eSteps = Annotated[int, typer.Option(help="Steps of spinquant, ostquant and ku
 E2eTokens = Annotated[int, typer.Option(help="Tokens per step of spinquant and ostquant.")]
 E2eActivations = Annotated[int | None, typer.Option(help="Bits of the activations while spinquant and ostquant learn: "
                                                          "4, 8 or 16 (default: the variant's).")]
+E2eLoss = Annotated[str | None, typer.Option(help="What they learn from: cross-entropy, or kl-top (from the original, "
+                                                  "over its 1,000 likeliest tokens) (default: as published).")]
+E2eLr = Annotated[float | None, typer.Option(help="Their learning rate at the first step (default: spinquant 1.5, "
+                                                  "ostquant 0.02).")]
 R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4 (a power of two).")]
 Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
 Objective = Annotated[str, typer.Option(help="OptRot objective: all matrices, or top-50 (those of largest loss).")]

@@ -9,7 +9,7 @@ from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.formats import DTYPES, candidates, check_format, full_type, grid_type
 from optrot_edge.memory import parse_size
-from optrot_edge.rotations.baselines import BASELINES, END_TO_END, EndToEndOptions, check_options, refuse_online
+from optrot_edge.rotations.baselines import BASELINES, END_TO_END, EndToEndOptions, refuse_online
 from optrot_edge.rotations.options import OptRotOptions
 from optrot_edge.tensor_types import base_grid, parse_overrides
 
@@ -41,8 +41,8 @@ class Recipe:
     `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ and OSTQuant learn norm gains and channel scales
     too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
-    `e2e_steps`, `e2e_tokens` (per step) and `e2e_activations` (bits they are rounded to while learning; None: as
-    published) are for the baselines that learn.
+    `e2e_steps`, `e2e_tokens` (per step), `e2e_activations` (bits while learning), `e2e_loss` and `e2e_lr` are those of
+    `optrot_edge.rotations.baselines.EndToEndOptions`; None: the baseline's own.
     `asymmetric`: GPTQ makes up for errors made before, see `optrot_edge.quantize.asymmetric`; None: as far as it can.
     `refits`: how often scales are fitted again once GPTQ has chosen codes, see `optrot_edge.quantize.refit`.
     `guidance`: "tokens" weights GPTQ's by what the end of the model makes of them, see `optrot_edge.quantize.guidance`.
@@ -79,6 +79,8 @@ class Recipe:
     e2e_steps: int = 100
     e2e_tokens: int = 1024
     e2e_activations: int | None = None
+    e2e_loss: str | None = None
+    e2e_lr: float | None = None
     quantizer: str = "gptq"
     calibration: str = "builtin"
     nsamples: int = 128
@@ -152,9 +154,9 @@ class Recipe:
     def end_to_end_options(self) -> EndToEndOptions:
         """The `e2e_` fields for a rotation in END_TO_END."""
         options = END_TO_END[self.rotation]
-        bits = options.activations if self.e2e_activations is None else self.e2e_activations
-        return replace(options, steps=self.e2e_steps, tokens=self.e2e_tokens, activations=bits,
-                       scales=options.scales and self.scales)
+        given = {"activations": self.e2e_activations, "loss": self.e2e_loss, "lr": self.e2e_lr}
+        return replace(options, steps=self.e2e_steps, tokens=self.e2e_tokens, scales=options.scales and self.scales,
+                       **{name: value for name, value in given.items() if value is not None})
 
     def optrot_options(self) -> OptRotOptions:
         """The `optrot_` fields; InputError for values out of range."""
@@ -221,7 +223,8 @@ class Recipe:
 
     def _check_rotation(self) -> None:
         refuse_online(self.rotation)
-        check_options(self.e2e_steps, self.e2e_tokens, self.e2e_activations)
+        if self.rotation in END_TO_END:
+            self.end_to_end_options()
         if self.rotation not in (*ROTATIONS, "auto") and not Path(self.rotation).is_file():
             raise InputError(f"--rotation {self.rotation}: neither auto, {', '.join(ROTATIONS)} "
                              "nor a rotation file saved by `optrot-edge rotate`")

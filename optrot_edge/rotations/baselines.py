@@ -11,11 +11,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from optrot_edge.errors import InputError
 
 ACTIVATION_BITS = (4, 8, 16)
+LOSSES = ("cross-entropy", "kl-top")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class EndToEndOptions:
     `activations`: bits they are rounded to (16: not); `weights`: whether the body's are rounded on its grid; `loss`:
     "cross-entropy" or "kl-top"; `solver`: "cayley" (SGD) or "adam"; `scales`: learn channel scales too;
     `through_range`: gradients through the steps, besides those straight through the rounding; `steps` of `tokens`
-    each; `lr` and `scale_lr` fall linearly to 0.
+    each; `lr` and `scale_lr` fall linearly to 0. Raises InputError on values out of range.
     """
 
     activations: int = 8
@@ -37,7 +39,19 @@ class EndToEndOptions:
     steps: int = 100
     tokens: int = 1024
     lr: float = 1.5
-    scale_lr: float = 0.01
+    scale_lr: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.tokens < 2:
+            raise InputError("--e2e-steps must be at least 1 and --e2e-tokens at least 2")
+        if self.activations not in ACTIVATION_BITS:
+            raise InputError(f"--e2e-activations {self.activations}: use 4, 8 or 16")
+        if self.loss not in LOSSES:
+            raise InputError(f"--e2e-loss {self.loss}: use {' or '.join(LOSSES)}")
+        if not math.isfinite(self.lr):
+            raise InputError(f"--e2e-lr {self.lr}: a step size is needed")
+        if not self.weights and self.activations == 16:
+            raise InputError("--e2e-activations 16 rounds nothing that this rotation could learn from")
 
 
 END_TO_END = {
@@ -57,11 +71,3 @@ def refuse_online(rotation: str) -> None:
     if rotation in ONLINE:
         raise InputError(f"--rotation {rotation}: {ONLINE[rotation]} act on every linear's input while the model runs; "
                          "they cannot be fused into the weights, so no package holds them. Use it in `compare` only")
-
-
-def check_options(steps: int, tokens: int, activations: int | None) -> None:
-    """InputError for values of the `e2e_` fields out of range."""
-    if steps < 1 or tokens < 2:
-        raise InputError("--e2e-steps must be at least 1 and --e2e-tokens at least 2")
-    if activations not in (None, *ACTIVATION_BITS):
-        raise InputError(f"--e2e-activations {activations}: use 4, 8 or 16")

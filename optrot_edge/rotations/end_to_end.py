@@ -10,7 +10,7 @@ are rounded (see `rounding`). What the papers leave open, or their code does oth
   Newton-Schulz (its code does a QR now and then). Steps of 1,024 tokens, its own are of 16,384 (8 × 2,048).
 * OSTQuant: KL from the float model over that model's 1,000 likeliest tokens, renormalised among them; rotations by Adam
   in the frame of R (RiemannAdam), the logarithms of channel scales by Adam; gradients through the range too, without
-  which a scale would learn little of what it does to the steps. Step sizes are ours: 0.02 radians, 0.01 of a scale.
+  which a scale would learn little of what it does to the steps. Step sizes are ours: 0.02 radians, 0.02 of a scale.
 * The loss is measured on windows that are not trained on, before and after; where it does not fall the start is kept.
 
 Memory: one layer at a time, or all that fit half the spare memory; the residual stream of a step before every layer,

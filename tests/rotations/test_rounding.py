@@ -86,8 +86,8 @@ def skew_direction(r, seed):
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("loss", ["cross-entropy", "kl-top"])
 def test_gradients_against_finite_differences(tiny, monkeypatch, loss, keeps):
-    """Straight through the rounding means: with its errors held fixed, as they are here. R1, R2 and all scales, float64,
-    activations and weights rounded, checkpointed and not."""
+    """Straight through the rounding means: with its errors held fixed, as they are here. R1, R2 and all scales, in
+    float64, activations and weights rounded, checkpointed and not."""
     source, tokens = open_model(tiny("qwen2_untied")), random_tokens(2, 12)
     drawn = {}
 
