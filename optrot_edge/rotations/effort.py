@@ -12,11 +12,12 @@ def end_to_end_effort(config, recipe, body: int) -> tuple[int, int]:
     from optrot_edge.rotations.distributed import spare_memory
 
     options, hidden = recipe.end_to_end_options(), config.hidden_size
+    head = config.vocab_size * hidden
     rows = body // hidden if options.weights else 0
     products = hidden**2 * (6 * config.num_hidden_layers * options.tokens + 6 * rows)
-    step = options.tokens * (6 * body + 6 * config.vocab_size * config.hidden_size) + 2 * (2 if options.through_range else 1) * products
+    step = 6 * options.tokens * (body + head) + (4 if options.through_range else 2) * products
     activations = 4 * options.tokens * config.num_hidden_layers * (16 * hidden + 8 * config.intermediate_size)
-    return options.steps * step, min(4 * body + activations, spare_memory("cpu")) + 4 * config.vocab_size * config.hidden_size
+    return options.steps * step, min(4 * body + activations, spare_memory("cpu")) + 4 * head
 
 
 def kurtail_effort(config, recipe, body: int) -> tuple[int, int]:
