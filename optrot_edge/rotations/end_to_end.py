@@ -5,9 +5,9 @@ are rounded (see `rounding`). What the papers leave open, or their code does oth
 
 * Both start from random Hadamards and round every decoder linear's input per token, asymmetric, to its smallest and
   largest entry; keys and values stay in float, for that is how the comparison is run.
-* SpinQuant: cross-entropy of the next token; Cayley SGD, learning rate 1.5 falling linearly to 0 over 100 steps, one
-  R2 per KV head, gradients straight through the rounding. After a step R is brought back to the group by
-  Newton-Schulz (its code does a QR now and then). Steps of 1,024 tokens, its own are of 16,384 (8 × 2,048).
+* SpinQuant: cross-entropy of the next token; Cayley SGD, learning rate 1.5 falling linearly to 0 (in its code along a
+  cosine) over 100 steps, one R2 per KV head, gradients straight through the rounding. After a step R is brought back
+  to the group by Newton-Schulz (its code does a QR now and then). Steps of 1,024 tokens, its own are of 16,384.
 * OSTQuant: KL from the float model over that model's 1,000 likeliest tokens, renormalised among them; rotations by Adam
   in the frame of R (RiemannAdam), the logarithms of channel scales by Adam; gradients through the range too, without
   which a scale would learn little of what it does to the steps. Step sizes are ours: 0.02 radians, 0.02 of a scale.
