@@ -71,7 +71,9 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar", optrot_steps: opt.Steps = None,
            optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0, optrot_target: opt.Target = None,
            plus_objective: opt.PlusObjective = "grid", plus_start: opt.PlusStart = "native",
-           plus_steps: opt.PlusSteps = 30, quantizer: opt.Quantizer = "gptq", calibration: opt.Calibration = "builtin",
+           plus_steps: opt.PlusSteps = 30, e2e_steps: opt.E2eSteps = 100, e2e_tokens: opt.E2eTokens = 1024,
+           e2e_activations: opt.E2eActivations = None, e2e_loss: opt.E2eLoss = None, e2e_lr: opt.E2eLr = None,
+           quantizer: opt.Quantizer = "gptq", calibration: opt.Calibration = "builtin",
            nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256, damp: opt.Damp = 0.1, act_order: opt.ActOrder = True,
            asymmetric: opt.Asymmetric = None, refits: opt.Refits = 2, guidance: opt.Guidance = "none",
            distill: opt.Distill = 0, seed: opt.Seed = 0, device: opt.Device = "auto", max_memory: opt.MaxMemory = None,
@@ -106,8 +108,11 @@ def quantize(model: opt.Model, out: Annotated[Path, typer.Option(help="The check
              r4_block: opt.R4Block = 256, optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar",
              optrot_steps: opt.Steps = None, optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0,
              optrot_target: opt.Target = None, plus_objective: opt.PlusObjective = "grid",
-             plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, quantizer: opt.Quantizer = "gptq",
-             calibration: opt.Calibration = "builtin", nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256,
+             plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, e2e_steps: opt.E2eSteps = 100,
+             e2e_tokens: opt.E2eTokens = 1024, e2e_activations: opt.E2eActivations = None,
+             e2e_loss: opt.E2eLoss = None, e2e_lr: opt.E2eLr = None,
+             quantizer: opt.Quantizer = "gptq", calibration: opt.Calibration = "builtin",
+             nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256,
              damp: opt.Damp = 0.1, act_order: opt.ActOrder = True, asymmetric: opt.Asymmetric = None,
              refits: opt.Refits = 2, guidance: opt.Guidance = "none", distill: opt.Distill = 0, seed: opt.Seed = 0,
              device: opt.Device = "auto", max_memory: opt.MaxMemory = None, dry_run: opt.DryRun = False,
@@ -142,7 +147,9 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
            r4_block: opt.R4Block = 256, optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar",
            optrot_steps: opt.Steps = None, optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0,
            optrot_target: opt.Target = None, plus_objective: opt.PlusObjective = "grid",
-           plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30,
+           plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, e2e_steps: opt.E2eSteps = 100,
+           e2e_tokens: opt.E2eTokens = 1024, e2e_activations: opt.E2eActivations = None,
+           e2e_loss: opt.E2eLoss = None, e2e_lr: opt.E2eLr = None,
            calibration: opt.ReportText = "builtin", nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256,
            mu_h: opt.MuH = True, damp: opt.Damp = 0.1, type: opt.Type = "q4_0", seed: opt.Seed = 0,
            device: opt.Device = "auto", overwrite: opt.Overwrite = False, quiet: opt.Quiet = False,
@@ -211,6 +218,8 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
              kv_bits: Annotated[int | None, typer.Option(help="MLX: keep keys and values in 4 or 8 bits.")] = None,
              accuracy_level: Annotated[int | None, typer.Option(help="ONNX: 0 (float32 on a CPU) or 4 (int8 "
                                                                      "activations), instead of the stored.")] = None,
+             activations: Annotated[int | None, typer.Option(help="In torch: round what the linears read to 8 or 4 "
+                                                                  "bits per token.")] = None,
              trust_remote_code: opt.TrustRemoteCode = False,
              quiet: opt.Quiet = False, json: opt.Json = False):
     """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
@@ -222,7 +231,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
                                    device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
-                                   accuracy_level=accuracy_level,
+                                   accuracy_level=accuracy_level, activations=activations,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)

@@ -20,12 +20,21 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Rotation = Annotated[str, typer.Option(help="auto (measure, keep the best per byte), none, hadamard, optrot (no data), "
-                                            "optrot+ (uses calibration text), or a file saved by `rotate`.")]
+                                            "optrot+ (uses calibration text), the baselines spinquant, spinquant-w4, "
+                                            "spinquant-a4, ostquant and kurtail, or a file saved by `rotate`.")]
 Rotate = Annotated[str, typer.Option(help="Which rotations are allowed: a list of r1, r2, r3, r4.")]
-Scales = Annotated[bool, typer.Option(help="OptRot+ learns norm gains and channel scales too.")]
+Scales = Annotated[bool, typer.Option(help="OptRot+ and ostquant learn norm gains and channel scales too.")]
 PlusObjective = Annotated[str, typer.Option(help="OptRot+ objective: grid (steps of the stored grid) or plain.")]
 PlusStart = Annotated[str, typer.Option(help="OptRot+ starts from: native (the model as it is) or hadamard.")]
 PlusSteps = Annotated[int, typer.Option(help="OptRot+ steps, each over all layers.")]
+E2eSteps = Annotated[int, typer.Option(help="Steps of spinquant, ostquant and kurtail.")]
+E2eTokens = Annotated[int, typer.Option(help="Tokens per step of spinquant and ostquant.")]
+E2eActivations = Annotated[int | None, typer.Option(help="Bits of the activations while spinquant and ostquant learn: "
+                                                         "4, 8 or 16 (default: the variant's).")]
+E2eLoss = Annotated[str | None, typer.Option(help="What they learn from: cross-entropy, or kl-top (from the original, "
+                                                  "over its 1,000 likeliest tokens) (default: as published).")]
+E2eLr = Annotated[float | None, typer.Option(help="Their learning rate at the first step (default: spinquant 1.5, "
+                                                  "ostquant 0.02).")]
 R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4 (a power of two).")]
 Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
 Objective = Annotated[str, typer.Option(help="OptRot objective: all matrices, or top-50 (those of largest loss).")]
