@@ -4,7 +4,7 @@
 
 The dithered testbed (`testbed.py`) stands for the float model. GPTQ on 512 × 256 calibration tokens with damping 0.01,
 4 and 3 bits with integer zero-points, round-to-nearest beside it, with and without online R3 and R4, activations in 16,
-8 and 4 bits where this version rounds them. Groups are of 192, which divides this model's rows of 576 and 1,536; the
+8 and 4 bits. Groups are of 192, which divides this model's rows of 576 and 1,536; the
 paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solver polar` is the fast one. Without
 `--calibration` the text is cut in two as `texts.py` does.
 
@@ -23,7 +23,7 @@ from rich.console import Console
 from testbed import build_testbed
 from texts import load_text
 
-from optrot_edge.compare.arms import ARMS, activation_widths
+from optrot_edge.compare.arms import ACTIVATIONS, ARMS
 from optrot_edge.compare.comparison import compare
 from optrot_edge.compare.tables import COLUMNS, about, tables
 from optrot_edge.terminal import Reporter, print_comparison
@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace) -> dict:
     with Reporter() as reporter:
         return compare(build_testbed(options.work / "testbed"), options.work / "paper", text=str(files["evaluation"]),
                        rotations=options.rotations.split(","), bits=[4, 3], group_size=192, quantizers=["gptq", "rtn"],
-                       activations=list(activation_widths()), online="both", windows=options.windows, window=256,
+                       activations=list(ACTIVATIONS), online="both", windows=options.windows, window=256,
                        max_minutes=options.max_minutes, fields=fields, progress=reporter.update)
 
 

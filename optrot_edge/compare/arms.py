@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 
-from optrot_edge.recipe import ROTATIONS
+from optrot_edge.rotations.baselines import ACTIVATION_BITS
 
+ACTIVATIONS = tuple(sorted(ACTIVATION_BITS, reverse=True))
+"""Bits that the activations can be evaluated in; 16: as they are."""
 FEWEST_STEPS = 100
 FEWEST_TOKENS = 1024
 
@@ -14,7 +15,8 @@ FEWEST_TOKENS = 1024
 @dataclass(frozen=True)
 class Arm:
     """`rotation` and `fields` are a Recipe's. `per_grid`: learned for one grid, so once for every width of the weights.
-    `baseline`: a method of others that learns, whose row says whether it was reproduced."""
+    `baseline`: a method of others that learns, whose row says whether it was reproduced. `analysis`: its transforms run
+    online, so that there is a model in memory only, see `optrot_edge.rotations.analysis`."""
 
     name: str
     label: str
@@ -22,6 +24,12 @@ class Arm:
     fields: dict = field(default_factory=dict)
     per_grid: bool = False
     baseline: bool = False
+    analysis: bool = False
+
+    @property
+    def takes_online(self) -> bool:
+        """Whether R3 and R4 go with it; else it is one row for both."""
+        return self.rotation != "none" and not self.analysis
 
 
 _KNOWN = (
@@ -35,16 +43,11 @@ _KNOWN = (
     Arm("spinquant-a4", "SpinQuant-A4", "spinquant-a4", baseline=True),
     Arm("kurtail", "KurTail", "kurtail", baseline=True),
     Arm("ostquant", "OSTQuant", "ostquant", per_grid=True, baseline=True),
+    Arm("quip#", "QuIP# (random Hadamards)", "quip#", analysis=True),
+    Arm("flatquant", "FlatQuant", "flatquant", baseline=True, analysis=True),
+    Arm("butterflyquant", "ButterflyQuant", "butterflyquant", baseline=True, analysis=True),
 )
-ARMS = {arm.name: arm for arm in _KNOWN if arm.rotation in ROTATIONS}
-"""Every arm that can be made."""
-
-
-def activation_widths() -> tuple[int, ...]:
-    """Bits that the activations can be evaluated in; 16: as they are."""
-    from optrot_edge.runtime.torch_reference import TorchBackend
-
-    return (16, 8, 4) if "activations" in inspect.signature(TorchBackend).parameters else (16,)
+ARMS = {arm.name: arm for arm in _KNOWN}
 
 
 def learning_of(recipe: dict) -> dict | None:

@@ -19,7 +19,8 @@ from optrot_edge.rotations.figure import dress
 
 # Okabe & Ito's palette without its yellow, and darker shades: an arm has its colour and its mark in every figure.
 STYLES = (("#000000", "o"), ("#D55E00", "s"), ("#0072B2", "^"), ("#56B4E9", "v"), ("#009E73", "D"), ("#CC79A7", "P"),
-          ("#E69F00", "X"), ("#7F3C8D", "*"), ("#8C6D1F", "<"), ("#666666", ">"))
+          ("#E69F00", "X"), ("#7F3C8D", "*"), ("#8C6D1F", "<"), ("#666666", ">"),
+          ("#A50026", "h"), ("#1B7837", "p"), ("#3F3FBF", "d"))
 MU_W, MU_H = r"$\mu_W$", r"$\mu_H$"
 # Label of the axis, its scale, title, and the definition that the caption adds.
 QUANTITIES = {
@@ -77,8 +78,8 @@ def _snr_figures(results: dict) -> list[FigureFile]:
         if not rows:
             continue
         lines = {label: (row["arm"], "-", results["errors"][row["build"]]) for label, row in rows.items()}
-        last = table["rows"][-1]  # an unrotated model, which is offline in every table, comes first
-        where = f"w{last['bits']}-{last['quantizer']}{'-online' if last['online'] else ''}.png"
+        last = table["rows"][-1]
+        where = f"w{last['bits']}-{last['quantizer']}{'-online' if table['online'] else ''}.png"
         what = f"SNR of the layers' outputs: {table['title'].replace('A8', '').replace('A4', '')}"
         draw = functools.partial(_draw_layers, lines, "snr_db", "SNR (dB)", "linear")
         found[f"snr-{where}"] = FigureFile(f"snr-{where}", f"{what}. In dB, higher is better.",
@@ -130,7 +131,8 @@ def _draw_layers(lines: dict, key: str, label: str, scale: str, title: str, *, b
             values = [math.nan if row[key] is None else row[key] for row in of]
             handles[name] = axes.plot(layers, values, linestyle=dashes, **_style(arm))[0]
             if below:
-                axes.plot(layers, [row[below] for row in of], linestyle=":", linewidth=1.2, color=_style(arm)["color"])
+                bounds = [math.nan if row[below] is None else row[below] for row in of]
+                axes.plot(layers, bounds, linestyle=":", linewidth=1.2, color=_style(arm)["color"])
         axes.set_title(matrix, fontsize=12)
     for axes in panels[:len(LINEARS)]:
         dress(axes, scale)

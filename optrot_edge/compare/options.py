@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass, field
 
-from optrot_edge.compare.arms import ARMS, Arm, activation_widths
+from optrot_edge.compare.arms import ACTIVATIONS, ARMS, Arm
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import grid_spec
 from optrot_edge.recipe import Recipe
@@ -78,7 +78,7 @@ class CompareOptions:
     def __post_init__(self) -> None:
         for option, given, known in (("--rotations", self.rotations, tuple(ARMS)), ("--grid", [self.grid], GRIDS),
                                      ("--quantizers", self.quantizers, QUANTIZERS), ("--online", [self.online], ONLINE),
-                                     ("--activations", self.activations, activation_widths()),
+                                     ("--activations", self.activations, ACTIVATIONS),
                                      ("--bits", self.bits, range(2, 9))):
             unknown = [str(value) for value in given if value not in known]
             if unknown or not given:
@@ -93,7 +93,8 @@ class CompareOptions:
             raise InputError("--rotate names what fuses into the weights, r1 and r2; for r3 and r4 use --online")
         for build in self.builds():
             grid_spec(self.type(build.bits))
-            self.rotation_recipe(build)
+            if not ARMS[build.arm].analysis:
+                self.rotation_recipe(build)
 
     def type(self, bits: int) -> str:
         """Name of the grid of so many bits."""
@@ -102,16 +103,16 @@ class CompareOptions:
     def builds(self) -> list[Build]:
         """Every model to quantise, in the order of the tables."""
         found = itertools.product(self.bits, self.quantizers, ONLINE[self.online], self.rotations)
-        builds = [Build(arm, bits, quantizer, online and arm != "none") for bits, quantizer, online, arm in found]
-        return list(dict.fromkeys(builds))
+        return list(dict.fromkeys(Build(arm, bits, quantizer, online and ARMS[arm].takes_online)
+                                  for bits, quantizer, online, arm in found))
 
     def rows(self) -> list[Row]:
         """Every row, in that order."""
         return [Row(build, activations) for build in self.builds() for activations in dict.fromkeys(self.activations)]
 
     def rotation_recipe(self, build: Build) -> Recipe:
-        """The recipe that a build's rotation is made by."""
-        arm: Arm = ARMS[build.arm]
+        """The recipe that a build's rotation is made by; of an analysis arm that of the unrotated model."""
+        arm: Arm = ARMS["none" if ARMS[build.arm].analysis else build.arm]
         which = self.fields.get("rotate", "r1,r2") + (",r3,r4" if build.online else "")
         return Recipe(**PLAIN | self.fields | arm.fields | {"type": self.type(build.bits), "rotation": arm.rotation,
                                                             "rotate": which})

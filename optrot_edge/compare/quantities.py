@@ -65,19 +65,20 @@ def decibels(signal: float, noise: float | None) -> float | None:
     return 10 * math.log10(signal / noise) if signal > 0 and noise else None
 
 
-def quantization_errors(source, rotation: Rotation, checkpoint, covariances: Covariances, quantities: list[dict],
+def quantization_errors(source, rotation: Rotation, quantized, covariances: Covariances, quantities: list[dict],
                         bits: int, *, device: str = "cpu", progress: Progress | None = None) -> list[dict]:
-    """A row per layer and matrix of an open QuantizedCheckpoint that was made under `rotation`: `signal` tr(WHWᵀ),
-    `error` tr((W−Ŵ)H(W−Ŵ)ᵀ), `snr_db`, and from the arm's `quantities` `rtn_bound` and the SNR that it promises,
-    `bound_db`."""
+    """A row per layer and matrix of a model, decoded layer by layer with `quantized.layer(index)`, that was made under
+    `rotation`: `signal` tr(WHWᵀ), `error` tr((W−Ŵ)H(W−Ŵ)ᵀ), `snr_db`, and from the arm's `quantities` (empty: none)
+    `rtn_bound` and the SNR that it promises, `bound_db`."""
     rows, known = [], {(row["layer"], row["matrix"]): row for row in quantities}
     for index, layer, inputs in _layers(source, rotation, covariances, device, progress):
+        found = quantized.layer(index)
         for kind, names in INPUTS.items():
             for name in names:
                 weight = layer[f"{name}.weight"].to(inputs[kind])
-                decoded = torch.from_numpy(checkpoint.weights(f"layers.{index}.{name}.weight")).to(weight)
+                decoded = found[f"{name}.weight"].to(weight)
                 signal, error = (output_error(w, inputs[kind]) for w in (weight, weight - decoded))
-                bound = rtn_bound(known[index, name], bits)
+                bound = rtn_bound(known[index, name], bits) if known else None
                 rows.append({"layer": index, "matrix": name, "signal": signal, "error": error, "rtn_bound": bound,
                              "snr_db": decibels(signal, error), "bound_db": decibels(signal, bound)})
     return rows

@@ -12,11 +12,10 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from optrot_edge.checkpoint import QuantizedCheckpoint, is_checkpoint
+from optrot_edge.checkpoint import is_checkpoint
 from optrot_edge.compare.arms import ARMS, learning_of, not_reproduced
 from optrot_edge.compare.options import Build, CompareOptions, Row
 from optrot_edge.errors import InputError, StorageError
@@ -90,8 +89,7 @@ class Comparison:
         """Quantise and evaluate `rows` of one build, or note why that could not be."""
         for row in rows:
             try:
-                folder = self._quantized(build)
-                self._evaluate(row, folder)
+                self._evaluate(row, self._analysed(row) if ARMS[build.arm].analysis else self._quantized(build))
             except StorageError:
                 raise
             except Exception as error:  # of one arm; the others are to be measured all the same
@@ -138,14 +136,14 @@ class Comparison:
             self.journal.note(f"quantities {build.rotation}", found)
         return found["layers"]
 
-    def _quantized(self, build: Build) -> Path:
-        """The build's checkpoint, made or finished if need be, and its errors measured."""
+    def _quantized(self, build: Build):
+        """The build's checkpoint, made or finished if need be and opened to be decoded, and its errors measured."""
         from optrot_edge import pipeline
-        from optrot_edge.compare.quantities import quantization_errors
+        from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
 
         folder, measured = self.work / build.name, self.journal.about(f"errors {build.name}")
         if measured is not None and is_checkpoint(folder):
-            return folder
+            return DecodedCheckpoint(folder)
         self._check_time(build)
         rotation = self.rotation(build)
         if not is_checkpoint(folder):
@@ -153,15 +151,42 @@ class Comparison:
                 warnings.simplefilter("ignore")
                 pipeline.quantize(self.inputs.source.path, folder, rotation=rotation, progress=self.progress,
                                   **self.options.quantizing(build))
+        made = DecodedCheckpoint(folder)
         if measured is None:
-            checkpoint = QuantizedCheckpoint(folder)
-            rows = quantization_errors(
-                self.source, rotation, checkpoint, self.inputs.covariances, self._quantities(build, rotation),
-                build.bits, device=self.device,
-                progress=lambda done, total: self.progress("measure errors", done, total, build.name))
-            self.journal.note(f"errors {build.name}", {"layers": rows, "warnings": checkpoint.manifest["warnings"],
-                                                       **self._size(build, rotation)})
-        return folder
+            self._note_errors(build, rotation, made, self._quantities(build, rotation),
+                              warnings=made.checkpoint.manifest["warnings"])
+        return made
+
+    def _analysed(self, row: Row):
+        """The model in memory of an analysis arm, learned for the row's activations; the errors are those of the first
+        row's."""
+        import torch
+
+        from optrot_edge.rotations.analysis import TOKENS, AnalysisOptions, analyse
+        from optrot_edge.rotations.rotation import Rotation
+
+        build, recipe = row.build, self.options.rotation_recipe(row.build)
+        self._check_time(build)
+        options = AnalysisOptions(ARMS[build.arm].rotation, recipe.type, build.quantizer, row.activations,
+                                  recipe.e2e_steps, recipe.damp, self.device)
+        made = analyse(self.source, self.inputs.tokens, options, torch.Generator().manual_seed(recipe.seed + 1),
+                       lambda done, total: self.progress("quantise layers", done, total, row.name))
+        if self.journal.about(f"errors {build.name}") is None:
+            pairs = [pair for layer in made.losses for pair in layer.values()]
+            learning = {"steps": options.steps, "tokens": min(TOKENS, self.inputs.tokens.numel()),
+                        "loss_start": sum(before for before, _ in pairs),
+                        "loss": sum(after for _, after in pairs)} if pairs else {}
+            self._note_errors(build, Rotation("none"), made, [], learning=learning_of(learning), warnings=[])
+        return made
+
+    def _note_errors(self, build: Build, rotation, made, quantities: list[dict], **about) -> None:
+        """Measure a quantised model layer by layer, and note that with its size."""
+        from optrot_edge.compare.quantities import quantization_errors
+
+        rows = quantization_errors(self.source, rotation, made, self.inputs.covariances, quantities, build.bits,
+                                   device=self.device, progress=lambda done, total: self.progress(
+                                       "measure errors", done, total, build.name))
+        self.journal.note(f"errors {build.name}", {"layers": rows, **about, **self._size(build, rotation)})
 
     def _size(self, build: Build, rotation) -> dict:
         """Bytes of all tensors as a package stores them, and bits per weight of the original."""
@@ -174,16 +199,14 @@ class Comparison:
         weights = sum(map(prod, all_shapes(self.source.family, self.source.config).values()))
         return {"bytes": round(size), "bits_per_weight": 8 * size / weights}
 
-    def _evaluate(self, row: Row, folder: Path) -> None:
-        """Score a row and note it."""
-        from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
+    def _evaluate(self, row: Row, made) -> None:
+        """Score a row's model and note it."""
         from optrot_edge.runtime.evaluate import score_windows
         from optrot_edge.runtime.torch_reference import TorchBackend
 
         if self._left() is not None and self._left() <= 0:
             raise TooLong(f"the {self.options.max_minutes:g} minutes of --max-minutes had passed")
-        extra = {} if row.activations == 16 else {"activations": row.activations}
-        with TorchBackend(DecodedCheckpoint(folder), device=self.device, **extra) as runner:
+        with TorchBackend(made, device=self.device, activations=row.activations) as runner:
             scores = score_windows(runner, self.reference, self.tokens,
                                    lambda done, total, what: self.progress("evaluate", done, total, row.name))
         summary = scores.summary()
@@ -220,6 +243,8 @@ def is_measured(journal: Journal, row: Row) -> bool:
 def learning_remarks(build: Build, journal: Journal) -> dict:
     """`learning` of a build's rotation, and `not_reproduced`, the reason why a learned baseline was not."""
     entry = journal.about(f"rotations/{build.rotation}.safetensors")
+    if ARMS[build.arm].analysis:
+        entry = journal.about(f"errors {build.name}")
     learning = None if entry is None else entry["learning"]
     return {"learning": learning,
             "not_reproduced": None if entry is None else not_reproduced(ARMS[build.arm], learning)}

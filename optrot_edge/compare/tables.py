@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from optrot_edge.compare.arms import ARMS
+
 COLUMNS = ("arm", "KL (nats)", "of QuaRot (95 %)", "perplexity", "top-1", "SNR (dB)", "MB")
 CSV_COLUMNS = ("arm", "bits", "activations", "quantizer", "online", "status", "reason", "kl_mean", "kl_se", "kl_median",
                "kl_p90", "kl_p99", "ppl", "ppl_se", "top1", "top1_se", "snr_db", "bytes", "bits_per_weight",
@@ -29,8 +31,8 @@ def title(bits: int, activations: int, quantizer: str, online: bool, grid: str) 
 
 
 def tables(results: dict) -> list[dict]:
-    """`title`, `rows` (of `results`), `cells` (COLUMNS as text) and `notes` of every table; an unrotated model, in
-    which nothing runs online, stands in those with online rotations too."""
+    """`title`, `rows` (of `results`), `cells` (COLUMNS as text) and `notes` of every table; arms that R3 and
+    R4 do not go with stand in those with and without."""
     shared = results["settings"]["recipe"]
     grid = f"groups of {shared['group_size']}, {OFFSETS[shared['grid']]}"
     rows, found = results["rows"], []
@@ -39,9 +41,9 @@ def tables(results: dict) -> list[dict]:
     for bits, quantizer, on, activations in itertools.product(*(dict.fromkeys(values) for values in (
             lists["bits"], lists["quantizers"], online, lists["activations"]))):
         of = [row for row in rows if setting(row)[:3] == (bits, activations, quantizer)
-              and (row["online"] == on or row["arm"] == "none")]
+              and (row["online"] == on or not ARMS[row["arm"]].takes_online)]
         base = next((row for row in of if row["arm"] == BASE and row["status"] == "measured"), None)
-        found.append({"title": title(bits, activations, quantizer, on, grid), "rows": of,
+        found.append({"title": title(bits, activations, quantizer, on, grid), "rows": of, "online": on,
                       "cells": [cells(row, base) for row in of],
                       "notes": [f"{row['label']}: {said}" for row in of if (said := remarks(row))]})
     return found

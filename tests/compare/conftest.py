@@ -6,7 +6,7 @@ import pydoc_data.topics
 
 import pytest
 
-from optrot_edge.compare.arms import ARMS, activation_widths
+from optrot_edge.compare.arms import ACTIVATIONS
 from optrot_edge.compare.comparison import compare
 from tests.road import save_model
 from tests.rotations.test_optrot_plus import make_uneven
@@ -42,6 +42,6 @@ def made(uneven, text, words, tmp_path_factory):
     """(folder, results) of every arm that needs no end-to-end learning, without online rotations."""
     out = tmp_path_factory.mktemp("compared") / "out"
     found = compare(uneven, out, text=words, **options(
-        text, rotations=[name for name in ALL if name in ARMS], bits=[4, 3], quantizers=["gptq", "rtn"],
-        activations=list(activation_widths())[:2]))
+        text, rotations=ALL, bits=[4, 3], quantizers=["gptq", "rtn"],
+        activations=list(ACTIVATIONS[:2])))
     return out, found

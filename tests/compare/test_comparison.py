@@ -205,7 +205,7 @@ def test_another_evaluation_text_is_refused_unless_it_starts_over(uneven, words,
     ({"rotations": []}, "--rotations"),
     ({"bits": [4, 9]}, "--bits 9: use 2, 3"),
     ({"quantizers": ["awq"]}, "--quantizers awq: use gptq, rtn"),
-    ({"activations": [5]}, "--activations 5: use 16"),
+    ({"activations": [5]}, "--activations 5: use 16, 8, 4"),
     ({"online": "maybe"}, "--online maybe: use no, yes, both"),
     ({"grid": "q4_0"}, "--grid q4_0: use zero, min, sym"),
     ({"group_size": 64}, "rows of 96 weights do not divide"),
@@ -275,3 +275,30 @@ def test_a_damaged_rotation_is_made_again(uneven, words, text, tmp_path):
     assert path.read_bytes() == held and first["rows"][0] == found["rows"][0]
     kl = [np.mean(row["window_kl"]) for row in found["rows"]]
     assert kl[1] > kl[0]
+
+
+def test_baselines_and_what_runs_online(uneven, words, text, tmp_path):
+    """Too short a learning says so in the row; one checkpoint serves all activations."""
+    calls = []
+    arms = ["hadamard", "spinquant", "spinquant-w4", "spinquant-a4", "kurtail", "ostquant", "quip#", "flatquant",
+            "butterflyquant"]
+    found = run(uneven, words, text, tmp_path / "out", rotations=arms, activations=[16, 4], mu_h=False, online="both",
+                fields={"e2e_steps": 2}, progress=lambda *call: calls.append(call))
+    assert {row["status"] for row in found["rows"]} == {"measured"}, [row.get("reason") for row in found["rows"]]
+    rows = {row["name"]: row for row in found["rows"]}
+    fused = [f"{arm}-w4-gptq{online}" for arm in arms[:6] for online in ("", "-online")]
+    assert list(dict.fromkeys(row["build"] for row in found["rows"])) == [
+        *fused[::2], *(f"{arm}-w4-gptq" for arm in arms[6:]), *fused[1::2]]
+    assert sum(call[:2] == ("quantise layers", 1) for call in calls) == len(fused) + 2 * 3
+    for build in fused:
+        assert rows[f"{build}-a4"]["kl_mean"] > rows[f"{build}-a16"]["kl_mean"]
+    for row in found["rows"]:
+        if row["arm"] in ("hadamard", "quip#"):
+            assert row["learning"] is row["not_reproduced"] is None
+        else:
+            assert row["learning"]["steps"] == 2 and "2 steps, fewer than 100" in row["not_reproduced"]
+            assert row["learning"]["loss_start"] > 0
+    shown = [[row["arm"] for row in table["rows"]] for table in tables(found)]
+    assert len(shown) == 4 and all(sorted(names) == sorted(arms) for names in shown)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "FlatQuant: not reproduced: 2 steps" in page and "W4A4, GPTQ" in page

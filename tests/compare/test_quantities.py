@@ -15,6 +15,7 @@ from optrot_edge.quantize.statistics import incoherence
 from optrot_edge.rotations.covariance import INPUTS, collect
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.report import measure
+from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
 from tests.rotations.test_covariance import TOKENS, covariances_of_inputs
 from tests.rotations.test_fuse import rotation_for
 
@@ -31,7 +32,7 @@ def measured(tiny, tmp_path_factory):
     checkpoint = QuantizedCheckpoint(path)
     with collect(source, TOKENS) as covariances:
         quantities = arm_quantities(source, rotation, covariances, damp=0.1)
-        errors = quantization_errors(source, rotation, checkpoint, covariances, quantities, 3)
+        errors = quantization_errors(source, rotation, DecodedCheckpoint(checkpoint), covariances, quantities, 3)
         rows = measure(source, rotation, covariances)
     assert [row["after"] for row in rows] == [
         {name: value for name, value in row.items() if name not in ("layer", "matrix")} for row in quantities]
