@@ -27,7 +27,7 @@ from tests.compare.conftest import ALL, FIELDS, SHAPE, options
 from tests.crashes import KILLED, contents, in_child, kill_after, kill_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few",
-                                        "ignore:.*use of fork:DeprecationWarning")
+                                        "ignore:.*use of fork:DeprecationWarning", "ignore:.*read the same text")
 
 
 def test_every_combination_is_a_measured_row(made):
