@@ -1,4 +1,4 @@
-"""The command line: `optrot-edge export | rotate | quantize | eval | chat | reference | inspect | doctor`.
+"""The command line: `optrot-edge export | rotate | quantize | compare | eval | chat | reference | inspect | doctor`.
 
 Exit codes: 0 done, 1 internal failure, 2 bad input or usage, 130 interrupted.
 """
@@ -21,7 +21,15 @@ from optrot_edge.errors import InputError, StorageError
 from optrot_edge.memory import parse_size
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.stopping import stoppable, what_is_kept
-from optrot_edge.terminal import Reporter, print_inspection, print_plan, print_report, print_rotation, print_rows
+from optrot_edge.terminal import (
+    Reporter,
+    print_comparison,
+    print_inspection,
+    print_plan,
+    print_report,
+    print_rotation,
+    print_rows,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Rotate an open LLM with OptRot, quantise it with GPTQ, export it for llama.cpp, MLX or "
@@ -63,7 +71,9 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
            optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar", optrot_steps: opt.Steps = None,
            optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0, optrot_target: opt.Target = None,
            plus_objective: opt.PlusObjective = "grid", plus_start: opt.PlusStart = "native",
-           plus_steps: opt.PlusSteps = 30, quantizer: opt.Quantizer = "gptq", calibration: opt.Calibration = "builtin",
+           plus_steps: opt.PlusSteps = 30, e2e_steps: opt.E2eSteps = 100, e2e_tokens: opt.E2eTokens = 1024,
+           e2e_activations: opt.E2eActivations = None, e2e_loss: opt.E2eLoss = None, e2e_lr: opt.E2eLr = None,
+           quantizer: opt.Quantizer = "gptq", calibration: opt.Calibration = "builtin",
            nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256, damp: opt.Damp = 0.1, act_order: opt.ActOrder = True,
            asymmetric: opt.Asymmetric = None, refits: opt.Refits = 2, guidance: opt.Guidance = "none",
            distill: opt.Distill = 0, seed: opt.Seed = 0, device: opt.Device = "auto", max_memory: opt.MaxMemory = None,
@@ -99,8 +109,11 @@ def quantize(model: opt.Model, out: Annotated[Path, typer.Option(help="The check
              r4_block: opt.R4Block = 256, optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar",
              optrot_steps: opt.Steps = None, optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0,
              optrot_target: opt.Target = None, plus_objective: opt.PlusObjective = "grid",
-             plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, quantizer: opt.Quantizer = "gptq",
-             calibration: opt.Calibration = "builtin", nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256,
+             plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, e2e_steps: opt.E2eSteps = 100,
+             e2e_tokens: opt.E2eTokens = 1024, e2e_activations: opt.E2eActivations = None,
+             e2e_loss: opt.E2eLoss = None, e2e_lr: opt.E2eLr = None,
+             quantizer: opt.Quantizer = "gptq", calibration: opt.Calibration = "builtin",
+             nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256,
              damp: opt.Damp = 0.1, act_order: opt.ActOrder = True, asymmetric: opt.Asymmetric = None,
              refits: opt.Refits = 2, guidance: opt.Guidance = "none", distill: opt.Distill = 0, seed: opt.Seed = 0,
              device: opt.Device = "auto", max_memory: opt.MaxMemory = None, save_imatrix: opt.SaveImatrix = None,
@@ -135,7 +148,9 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
            r4_block: opt.R4Block = 256, optrot_objective: opt.Objective = "all", optrot_solver: opt.Solver = "polar",
            optrot_steps: opt.Steps = None, optrot_rows: opt.Rows = None, optrot_tolerance: opt.Tolerance = 0.0,
            optrot_target: opt.Target = None, plus_objective: opt.PlusObjective = "grid",
-           plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30,
+           plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, e2e_steps: opt.E2eSteps = 100,
+           e2e_tokens: opt.E2eTokens = 1024, e2e_activations: opt.E2eActivations = None,
+           e2e_loss: opt.E2eLoss = None, e2e_lr: opt.E2eLr = None,
            calibration: opt.ReportText = "builtin", nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256,
            mu_h: opt.MuH = True, damp: opt.Damp = 0.1, type: opt.Type = "q4_0", seed: opt.Seed = 0,
            device: opt.Device = "auto", overwrite: opt.Overwrite = False, quiet: opt.Quiet = False,
@@ -160,13 +175,44 @@ def rotate(model: opt.Model, out: Annotated[Path, typer.Option(help="The rotatio
     _emit(summary, print_rotation)
 
 
+@app.command()
+def compare(model: opt.Model, text: Annotated[str, typer.Option(help="Text to evaluate on: a file, builtin or a hub "
+                                                                     "dataset.")],
+            out: Annotated[Path, typer.Option(help="Folder for tables, figures, rotations and the journal.")],
+            rotations: opt.Rotations = "none,hadamard,optrot", bits: opt.BitsList = "4", group_size: opt.IntGroup = 256,
+            grid: opt.IntGrid = "zero", quantizers: opt.Quantizers = "gptq", activations: opt.ActivationsList = "16",
+            online: opt.Online = "no", rotate: opt.Fused = "r1,r2", scales: opt.Scales = True,
+            r4_block: opt.R4Block = 256, optrot_solver: opt.Solver = "polar", optrot_steps: opt.Steps = None,
+            optrot_rows: opt.Rows = None, plus_objective: opt.PlusObjective = "grid",
+            plus_start: opt.PlusStart = "native", plus_steps: opt.PlusSteps = 30, e2e_steps: opt.E2eSteps = 100,
+            e2e_tokens: opt.E2eTokens = 1024, calibration: opt.TextOnly = "builtin",
+            nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256, damp: opt.Damp = 0.01,
+            act_order: opt.ActOrder = True, windows: opt.Windows = None, window: opt.Window = None,
+            mu_h: opt.MuH = True, max_minutes: opt.MaxMinutes = None, seed: opt.Seed = 0, device: opt.Device = "auto",
+            max_memory: opt.MaxMemory = None, restart: opt.Restart = False, quiet: opt.Quiet = False,
+            json: opt.Json = False, ctx: typer.Context = None):
+    """Measure MODEL under several rotations, as the papers' tables do: KL, perplexity, SNR, figures.
+
+    Rows are rotations × bits × quantizers × online × activations, in torch. The same command goes on after a stop, and
+    lists may grow from one run to the next.
+    """
+    from optrot_edge.compare.comparison import compare as run
+
+    fields = {name: value for name, value in _recipe_fields(ctx).items() if name not in ("bits", "group_size")}
+    with _reporter(quiet, json) as reporter, stoppable(out, work=out) as stopped:
+        found = run(model, out, text=text, restart=restart, progress=reporter.update, interrupted=stopped,
+                    rotations=opt.listed(rotations), bits=opt.listed(bits, int), group_size=group_size, grid=grid,
+                    quantizers=opt.listed(quantizers), activations=opt.listed(activations, int), online=online,
+                    windows=windows, window=window, mu_h=mu_h, max_minutes=max_minutes, fields=fields)
+    _emit(found, lambda result: print_comparison(result, out))
+
+
 @app.command("eval")
 def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX or ONNX folder, or a checkpoint.")],
              reference: Annotated[str, typer.Option(help="The original model, or a file made by `reference` or by "
                                                           "llama-perplexity's --kl-divergence-base.")],
              text: Annotated[str | None, typer.Option(help="A text file, builtin, or a hub dataset.")] = None,
-             windows: Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")] = None,
-             window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")] = None,
+             windows: opt.Windows = None, window: opt.Window = None,
              backend: Annotated[str | None, typer.Option(help="llama.cpp, mlx, onnxruntime or torch (default: by "
                                                               "kind).")] = None,
              device: Annotated[str, typer.Option(help="cpu, cuda or mps; for ONNX dml or webgpu too.")] = "cpu",
@@ -179,6 +225,8 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
                                                             "cache.")] = True,
              accuracy_level: Annotated[int | None, typer.Option(help="ONNX: 0 (float32 on a CPU) or 4 (int8 "
                                                                      "activations), instead of the stored.")] = None,
+             activations: Annotated[int | None, typer.Option(help="In torch: round what the linears read to 8 or 4 "
+                                                                  "bits per token.")] = None,
              trust_remote_code: opt.TrustRemoteCode = False,
              quiet: opt.Quiet = False, json: opt.Json = False):
     """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
@@ -191,6 +239,7 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,
                                    device=device, speed=speed, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
                                    accuracy_level=accuracy_level, kv_type=kv_type, kv_rotation=kv_rotation,
+                                   activations=activations,
                                    progress=lambda done, total, what: reporter.update(what, done, total, ""))
         if out is not None:
             write_report(out, report)
@@ -217,7 +266,7 @@ def chat(package: Annotated[Path, typer.Argument(help="A .gguf package, an MLX o
 def reference(model: opt.Model, text: Annotated[str, typer.Option(help="A file, builtin, or a hub dataset.")],
               out: Annotated[Path, typer.Option(help="The reference file (.json, .json.gz, or .kld: llama-perplexity's "
                                                     "--kl-divergence-base).")],
-              windows: Annotated[int | None, typer.Option(help="Windows (default: all, at most 32).")] = None,
+              windows: opt.Windows = None,
               window: Annotated[int | None, typer.Option(help="Tokens per window (default: 256; .kld: 512).")] = None,
               top_k: Annotated[int | None, typer.Option(help="Log-probabilities kept per position (default: 64; .kld: "
                                                              "all).")] = None,

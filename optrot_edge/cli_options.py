@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from optrot_edge.compare.arms import ARMS
+from optrot_edge.errors import InputError
 from optrot_edge.formats import BITS, DEFAULT_BITS, DEFAULT_GROUP, DTYPES, GGUF_TYPES, GROUPS
 from optrot_edge.recipe import DEFAULT_TYPE
 from optrot_edge.tensor_types import PRESETS
@@ -18,13 +20,22 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Rotation = Annotated[str, typer.Option(help="auto (measure, keep the best per byte), none, hadamard, optrot (no data), "
-                                            "optrot+ (uses calibration text), or a file saved by `rotate`.")]
+                                            "optrot+ (uses calibration text), the baselines spinquant, spinquant-w4, "
+                                            "spinquant-a4, ostquant and kurtail, or a file saved by `rotate`.")]
 Rotate = Annotated[str, typer.Option(help="Which rotations are allowed: a list of r1, r2, r3, r4 (GGUF: no r3; "
                                             "with r4 not for llama.cpp's own tools).")]
-Scales = Annotated[bool, typer.Option(help="OptRot+ learns norm gains and channel scales too.")]
+Scales = Annotated[bool, typer.Option(help="OptRot+ and ostquant learn norm gains and channel scales too.")]
 PlusObjective = Annotated[str, typer.Option(help="OptRot+ objective: grid (steps of the stored grid) or plain.")]
 PlusStart = Annotated[str, typer.Option(help="OptRot+ starts from: native (the model as it is) or hadamard.")]
 PlusSteps = Annotated[int, typer.Option(help="OptRot+ steps, each over all layers.")]
+E2eSteps = Annotated[int, typer.Option(help="Steps of spinquant, ostquant and kurtail.")]
+E2eTokens = Annotated[int, typer.Option(help="Tokens per step of spinquant and ostquant.")]
+E2eActivations = Annotated[int | None, typer.Option(help="Bits of the activations while spinquant and ostquant learn: "
+                                                         "4, 8 or 16 (default: the variant's).")]
+E2eLoss = Annotated[str | None, typer.Option(help="What they learn from: cross-entropy, or kl-top (from the original, "
+                                                  "over its 1,000 likeliest tokens) (default: as published).")]
+E2eLr = Annotated[float | None, typer.Option(help="Their learning rate at the first step (default: spinquant 1.5, "
+                                                  "ostquant 0.02).")]
 R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4: a power of two that divides the "
                                             "feed-forward length, such as 64, 128, 256 or 512.")]
 Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]
@@ -85,6 +96,10 @@ ReportText = Annotated[str, typer.Option(help="Text for the report's input stati
                                               "dataset name[:config], or none (weights only).")]
 MuH = Annotated[bool, typer.Option(help="Report the incoherence of the inputs' covariances too: slow above some "
                                         "8,000 dimensions without a GPU.")]
+TextOnly = Annotated[str, typer.Option(help="Text to calibrate on: builtin, a text file, or a hub dataset "
+                                            "name[:config].")]
+Windows = Annotated[int | None, typer.Option(help="Windows scored (default: all, at most 32).")]
+Window = Annotated[int | None, typer.Option(help="Tokens per window (default: 256).")]
 Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
 Damp = Annotated[float, typer.Option(help="Hessian damping, fraction of its mean diagonal.")]
@@ -103,3 +118,22 @@ SplitMaxSize = Annotated[str | None, typer.Option(metavar="SIZE", help="GGUF: sp
                                                   "such as 2G or 500M: NAME-00001-of-00003.gguf and so on.")]
 SaveImatrix = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write what calibration saw, in the "
                                                   "rotated basis, as an imatrix (.gguf) for llama-quantize --imatrix.")]
+
+Rotations = Annotated[str, typer.Option(help=f"Arms to compare, a list of {', '.join(ARMS)}.")]
+BitsList = Annotated[str, typer.Option("--bits", help="Bits per weight, a list of 2 to 8.")]
+IntGroup = Annotated[int, typer.Option("--group-size", help="Weights that share a scale; it has to divide every row.")]
+IntGrid = Annotated[str, typer.Option("--grid", help="zero (integer zero-points), min (float offsets) or sym "
+                                                     "(symmetric).")]
+Quantizers = Annotated[str, typer.Option(help="A list of gptq, rtn.")]
+ActivationsList = Annotated[str, typer.Option("--activations", help="Bits of activations, a list; 16: as they are.")]
+Online = Annotated[str, typer.Option(help="Hadamard R3 and R4 while the model runs: no, yes or both.")]
+Fused = Annotated[str, typer.Option(help="Which rotations may be fused into the weights: a list of r1, r2.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Leave out, with a remark, what would not end within this.")]
+
+
+def listed(text: str, kind: type = str) -> list:
+    """The entries of a list with commas; InputError for one that is not of that kind."""
+    try:
+        return list(dict.fromkeys(kind(part.strip().lower()) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise InputError(f"{text!r}: whole numbers with commas between them are needed") from None

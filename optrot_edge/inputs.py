@@ -21,7 +21,7 @@ def check_windows(source, recipe: Recipe) -> None:
     if recipe.calibration != "none" and recipe.seqlen > source.config.max_position_embeddings:
         raise InputError(f"--seqlen {recipe.seqlen} exceeds the model's context of "
                          f"{source.config.max_position_embeddings} tokens")
-    if recipe.learns_with_data:
+    if recipe.rotation in ("optrot+", "auto"):
         from optrot_edge.rotations.covariance import check_tokens
 
         check_tokens(recipe.nsamples * recipe.seqlen, source.config.hidden_size, warn=False)

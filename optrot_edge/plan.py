@@ -14,6 +14,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.formats import bits_of
 from optrot_edge.gridspec import SUPER_BLOCK, fitting_type
 from optrot_edge.memory import OVERHEAD, must_spill, stream_bytes, working_set
+from optrot_edge.rotations.effort import BASELINE_EFFORTS
 from optrot_edge.tensor_types import all_shapes, part_of, tensor_types
 
 OPEN = "all tensors"  # the part whose size is given and whose types are not
@@ -187,7 +188,7 @@ def _effort(config, recipe, rotated: list[str]) -> tuple[int, int]:
         flops += (4 + 6 * recipe.refits) * body * widest  # GPTQ in float64, the systems of the refits besides
     if recipe.asymmetric != "none":  # another stream, its products with the first, and five more sums like a Hessian
         flops += 2 * _observing_flops(config, tokens)
-    learning = {"optrot": _learning_effort, "optrot+": _plus_effort}.get(recipe.rotation)
+    learning = {"optrot": _learning_effort, "optrot+": _plus_effort, **BASELINE_EFFORTS}.get(recipe.rotation)
     if learning:
         more_flops, more_bytes = learning(config, recipe, body)
         flops, peak = flops + more_flops, peak + more_bytes

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from optrot_edge.checkpoint import FLOAT_TYPES, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.formats import DTYPES, candidates, check_format, full_type, grid_type
 from optrot_edge.memory import parse_size
+from optrot_edge.rotations.baselines import BASELINES, END_TO_END, EndToEndOptions, refuse_online
 from optrot_edge.rotations.options import OptRotOptions
 from optrot_edge.tensor_types import base_grid, parse_overrides
 
-ROTATIONS = ("none", "hadamard", "optrot", "optrot+")
+ROTATIONS = ("none", "hadamard", "optrot", "optrot+", *BASELINES)
 DEFAULT_TYPE = "q4_0"
 GUIDANCE = ("none", "tokens")
 ASYMMETRIC = ("none", "inputs", "residual")  # what GPTQ makes up for
@@ -35,9 +36,13 @@ class Recipe:
     package's (None: float16, ONNX float32); embedding and head have that type too where no other is given, an ONNX head
     8 bits, GPTQ's both float16; with a target size `group_size` leaves the bits open only. `symmetric`: zero-points of
     "onnx" (None: not) and "gptq" (None: so) lie in the middle. `rotation` is
-    none, hadamard, optrot, optrot+, the path of a saved rotation, or auto, which measures some of these;
-    `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ learns norm gains and channel scales too.
+    none, hadamard, optrot, optrot+, one of `optrot_edge.rotations.baselines` (spinquant, spinquant-w4, spinquant-a4,
+    ostquant, kurtail), the path of a saved rotation, or auto, which measures some of the first four;
+    `rotate` lists which of r1,r2,r3,r4 are allowed. `scales`: OptRot+ and OSTQuant learn norm gains and channel scales
+    too.
     The `optrot_` fields are those of `optrot_edge.rotations.options.OptRotOptions`; None is the solver's own.
+    `e2e_steps`, `e2e_tokens` (per step), `e2e_activations` (bits while learning), `e2e_loss` and `e2e_lr` are those of
+    `optrot_edge.rotations.baselines.EndToEndOptions`; None: the baseline's own.
     `asymmetric`: GPTQ makes up for errors made before, see `optrot_edge.quantize.asymmetric`; None: as far as it can.
     `refits`: how often scales are fitted again once GPTQ has chosen codes, see `optrot_edge.quantize.refit`.
     `guidance`: "tokens" weights GPTQ's by what the end of the model makes of them, see `optrot_edge.quantize.guidance`.
@@ -71,6 +76,11 @@ class Recipe:
     plus_objective: str = "grid"
     plus_start: str = "native"
     plus_steps: int = 30
+    e2e_steps: int = 100
+    e2e_tokens: int = 1024
+    e2e_activations: int | None = None
+    e2e_loss: str | None = None
+    e2e_lr: float | None = None
     quantizer: str = "gptq"
     calibration: str = "builtin"
     nsamples: int = 128
@@ -133,7 +143,20 @@ class Recipe:
     @property
     def learns_with_data(self) -> bool:
         """Whether the rotation itself needs calibration text."""
-        return self.rotation in ("optrot+", "auto")
+        return self.rotation in ("optrot+", "auto", *BASELINES)
+
+    @property
+    def learns_for_grid(self) -> bool:
+        """Whether the rotation is learned for the body's grid."""
+        return self.rotation in ("optrot+", "auto") or (
+            self.rotation in END_TO_END and END_TO_END[self.rotation].weights)
+
+    def end_to_end_options(self) -> EndToEndOptions:
+        """The `e2e_` fields for a rotation in END_TO_END."""
+        options = END_TO_END[self.rotation]
+        given = {"activations": self.e2e_activations, "loss": self.e2e_loss, "lr": self.e2e_lr}
+        return replace(options, steps=self.e2e_steps, tokens=self.e2e_tokens, scales=options.scales and self.scales,
+                       **{name: value for name, value in given.items() if value is not None})
 
     def optrot_options(self) -> OptRotOptions:
         """The `optrot_` fields; InputError for values out of range."""
@@ -199,16 +222,19 @@ class Recipe:
                              "(--quantizer gptq, --nsamples)")
 
     def _check_rotation(self) -> None:
+        refuse_online(self.rotation)
+        if self.rotation in END_TO_END:
+            self.end_to_end_options()
         if self.rotation not in (*ROTATIONS, "auto") and not Path(self.rotation).is_file():
             raise InputError(f"--rotation {self.rotation}: neither auto, {', '.join(ROTATIONS)} "
                              "nor a rotation file saved by `optrot-edge rotate`")
-        if self.rotation in ("optrot", "optrot+") and not self.which & {"r1", "r2"} and not (
-                self.rotation == "optrot+" and self.scales):
+        if self.rotation in ("optrot", "optrot+", *BASELINES) and not self.which & {"r1", "r2"} and not (
+                self.rotation in ("optrot+", "ostquant") and self.scales):
             raise InputError(f"--rotation {self.rotation} learns R1 and R2, but --rotate names neither")
         if self.learns_with_data and self.calibration == "none":
             raise InputError(f"--rotation {self.rotation} needs calibration text; give --calibration, or choose "
                              "none, hadamard or optrot")
-        if self.learns_with_data and self.grid in FLOAT_TYPES:
+        if self.learns_for_grid and self.grid in FLOAT_TYPES:
             raise InputError(f"--rotation {self.rotation} is for a quantised body; with --type {self.type} use none, "
                              "hadamard, optrot, or a file that `optrot-edge rotate` made for the type to come")
         if self.plus_objective not in ("grid", "plain"):

@@ -11,6 +11,7 @@ from optrot_edge.errors import InputError
 from optrot_edge.inputs import CalibrationInputs, Progress
 from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import ROTATIONS, Recipe
+from optrot_edge.rotations.baselines import BASELINES
 
 
 def quiet(stage: str, done: int, total: int, note: str) -> None:
@@ -54,7 +55,7 @@ def starting_point(source, recipe: Recipe):
     """The rotation that `recipe` names for an open model, as it is before any learning.
 
     "auto" stands for a random start with all that is allowed. Raises InputError for blocks that do not fit, a file's
-    rotation that is another model's, or OptRot+ under torchrun.
+    rotation that is another model's, or what learns in one process under torchrun.
     """
     import torch
 
@@ -71,8 +72,8 @@ def starting_point(source, recipe: Recipe):
         return rotation
     if recipe.rotation == "none":
         return Rotation("none")
-    if recipe.rotation == "optrot+" and process_count() > 1:
-        raise InputError("--rotation optrot+ runs in one process; start it without torchrun")
+    if recipe.rotation in ("optrot+", *BASELINES) and process_count() > 1:
+        raise InputError(f"--rotation {recipe.rotation} runs in one process; start it without torchrun")
     config, which = source.config, recipe.which
     blocks = {}
     if "r3" in which:
@@ -92,17 +93,18 @@ def starting_point(source, recipe: Recipe):
 def make_rotation(source, recipe: Recipe, progress: Progress = quiet, *, inputs: CalibrationInputs | None = None):
     """Draw, learn or load the rotation that `recipe` names for an open model `source` ("auto" is not one).
 
-    `inputs` are what OptRot+ learns from; without them they are collected here.
+    `inputs` are what is learned from, if anything is; without them they are collected here.
     """
     start = starting_point(source, recipe)
     if recipe.rotation == "optrot":
         return _learn_optrot(source, start, recipe, progress)
-    if recipe.rotation == "optrot+":
+    learn = _learn_plus if recipe.rotation == "optrot+" else _learn_baseline if recipe.rotation in BASELINES else None
+    if learn is not None:
         with contextlib.ExitStack() as stack:
             if inputs is None:
                 inputs = stack.enter_context(CalibrationInputs(source, recipe, resolve_device(recipe.device),
                                                                progress=progress))
-            return _learn_plus(source, start, recipe, inputs, progress)
+            return learn(source, start, recipe, inputs, progress)
     return start
 
 
@@ -126,6 +128,26 @@ def _learn_plus(source, start, recipe: Recipe, inputs: CalibrationInputs, progre
     return learn_plus(source, start, inputs.body_grid, inputs.covariances, inputs.sensitivity, options,
                       torch.Generator().manual_seed(recipe.seed + 1), device=inputs.device,
                       progress=lambda done, total, loss: progress("learn rotation", done, total, f"loss {loss:.4g}"))
+
+
+def _learn_baseline(source, start, recipe: Recipe, inputs: CalibrationInputs, progress: Progress):
+    import torch
+
+    from optrot_edge.rotations.end_to_end import learn_end_to_end
+    from optrot_edge.rotations.kurtail import learn_kurtail
+
+    generator = torch.Generator().manual_seed(recipe.seed + 1)
+    show = lambda done, total, loss: progress("learn rotation", done, total, f"loss {loss:.4g}")  # noqa: E731
+    if recipe.rotation == "kurtail":
+        rotation = learn_kurtail(source, start, inputs.tokens, recipe.e2e_steps, generator, device=inputs.device,
+                                 progress=show)
+    else:
+        grid = inputs.body_grid if recipe.learns_for_grid else recipe.grid
+        rotation = learn_end_to_end(source, recipe.rotation, start, grid, inputs.tokens, recipe.end_to_end_options(),
+                                    generator, device=inputs.device, progress=show)
+    if not rotation.recipe["kept"]:
+        progress("learn rotation", 1, 1, "held-out loss did not fall; the start is kept")
+    return rotation
 
 
 def rotate(model: str | Path, out: str | Path, *, overwrite: bool = False, report: bool = False, mu_h: bool = True,

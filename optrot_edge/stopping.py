@@ -12,8 +12,9 @@ _unfinished: dict[str, Path] = {}
 
 
 @contextlib.contextmanager
-def stoppable(checkpoint: Path):
-    """Around the making of `checkpoint`, in the main thread: remembers what a stop leaves of it.
+def stoppable(checkpoint: Path, *, work: Path | None = None):
+    """Around the making of `checkpoint`, in the main thread: remembers what a stop leaves of it, in `work` (by default
+    `NAME.partial` beside it). Gives a function that tells whether a signal has come.
 
     A signal that comes while torch's C++ asks something of Python may come out as another exception; it ends in
     KeyboardInterrupt all the same.
@@ -31,7 +32,7 @@ def stoppable(checkpoint: Path):
         heard.append(signal.SIGINT)
     former = {number: signal.signal(number, stop) for number in heard}
     try:
-        yield
+        yield lambda: stopped
     except Exception as error:
         if stopped:
             raise KeyboardInterrupt from error
@@ -39,8 +40,8 @@ def stoppable(checkpoint: Path):
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-        work = checkpoint.absolute()
-        work = work.with_name(work.name + ".partial")
+        beside = checkpoint.absolute()
+        work = work or beside.with_name(beside.name + ".partial")
         if (work / JOURNAL).is_file():
             _unfinished["work"] = work
 

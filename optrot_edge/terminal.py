@@ -146,6 +146,22 @@ def print_report(report: dict) -> None:
     Console().print(table)
 
 
+def print_comparison(results: dict, out) -> None:
+    """The tables of a comparison, and where the rest is."""
+    from optrot_edge.compare.tables import COLUMNS, tables
+
+    shown = ("arm", "KL (nats)", "of QuaRot (95 %)", "perplexity")
+    for found in tables(results):
+        table = Table(*shown, title=found["title"], title_justify="left")
+        for row, cells in zip(found["rows"], found["cells"], strict=True):
+            named = dict(zip(COLUMNS, cells, strict=True)) | {"arm": row["arm"]}
+            table.add_row(*(escape(named[column]) for column in shown))
+        Console().print(table)
+        for note in found["notes"]:
+            Console().print(f"  {note}", markup=False, highlight=False, style="dim")
+    Console().print(f"{out}/index.html has all of it, with figures", markup=False, highlight=False, soft_wrap=True)
+
+
 def print_doctor(result: dict) -> None:
     """A row per runtime, device and extra."""
     table = Table("", "name", "", "how to get it")

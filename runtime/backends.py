@@ -77,13 +77,13 @@ def open_backend(path: str | Path, backend: str | None, device: str, **options):
 
 def open_package(path: str | Path, backend: str | None = None, device: str = "cpu", *, kv_bits: int | None = None,
                  trust_remote_code: bool = False, accuracy_level: int | None = None, kv_type: str | None = None,
-                 kv_rotation: bool = True):
+                 kv_rotation: bool = True, activations: int | None = None):
     """A package's backend: llama.cpp for a GGUF unless `backend` says torch, torch for a checkpoint, mlx for MLX,
     onnxruntime for ONNX.
 
     A float model's folder is a package if MLX wrote it, or with `backend` "mlx". kv_bits, trust_remote_code: see
-    `MlxBackend`; accuracy_level: see `OnnxBackend`; kv_type, kv_rotation: see `KvCache.parse`; InputError for other
-    backends.
+    `MlxBackend`; accuracy_level: see `OnnxBackend`; kv_type, kv_rotation: see `KvCache.parse`; activations: see
+    `TorchBackend`, as the other runtimes have their own way with them; InputError for other backends.
     """
     kind, backend = kind_of(path), _checked(backend)
     if kind == "hf" and (backend == "mlx" or (backend is None and MlxFolder(path).written_by_mlx)):
@@ -96,12 +96,14 @@ def open_package(path: str | Path, backend: str | None = None, device: str = "cp
                                          ("--trust-remote-code", trust_remote_code, "mlx", "MLX"),
                                          ("--accuracy-level", accuracy_level is not None, "onnxruntime", "ONNX"),
                                          ("--kv-type", kv_type is not None, "llama.cpp", "GGUF"),
-                                         ("--no-kv-rotation", not kv_rotation, "llama.cpp", "GGUF")):
+                                         ("--no-kv-rotation", not kv_rotation, "llama.cpp", "GGUF"),
+                                         ("--activations", activations is not None, "torch", "torch-run")):
         if given and backend != runtime:
             raise InputError(f"{option} is for {what} packages; {path} runs in {backend}")
     own = {"mlx": {"kv_bits": kv_bits, "trust_remote_code": trust_remote_code},
            "onnxruntime": {"accuracy_level": accuracy_level},
-           "llama.cpp": {"kv_type": kv_type, "kv_rotation": kv_rotation}}
+           "llama.cpp": {"kv_type": kv_type, "kv_rotation": kv_rotation},
+           "torch": {} if activations is None else {"activations": activations}}
     return open_backend(path, backend, device, **own.get(backend, {}))
 
 

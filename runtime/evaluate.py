@@ -33,7 +33,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
                      windows: int | None = None, window: int | None = None, backend: str | None = None,
                      reference_backend: str | None = None, device: str = "cpu", speed: bool = True,
                      kv_bits: int | None = None, trust_remote_code: bool = False, accuracy_level: int | None = None,
-                     kv_type: str | None = None, kv_rotation: bool = True, progress=None) -> dict:
+                     kv_type: str | None = None, kv_rotation: bool = True, activations: int | None = None,
+                     progress=None) -> dict:
     """Score `package` (a .gguf, an MLX or ONNX folder or a checkpoint folder) against `reference`.
 
     reference: a model (.gguf, Hugging Face or MLX folder, checkpoint) or a reference file (.json, .json.gz, or one of
@@ -42,7 +43,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
     reference_backend: "llama.cpp", "mlx", "onnxruntime" or "torch", default by kind. speed: also time the runtime.
     kv_bits: 4 or 8, keep an MLX package's keys and values in so many bits. trust_remote_code: run the model files that
     MLX folders bring. accuracy_level: run an ONNX package at this one (see `OnnxBackend`). kv_type, kv_rotation: the
-    KV cache of a GGUF (see `KvCache.parse`). progress: called with (done, total, what).
+    KV cache of a GGUF (see `KvCache.parse`). activations: bits that what runs in torch rounds the package's
+    activations to (see `TorchBackend`). progress: called with (done, total, what).
 
     The package's own tokenizer cuts the text; BOS begins every window if the package adds BOS. KL is in nats.
     `kl_is_lower_bound` is true against a reference file: the KL then lies between `kl_mean` and
@@ -55,7 +57,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
     reference = backends.local_path(reference)
     from_file = backends.kind_of(reference) == "reference"
     with backends.open_package(package, backend, device, kv_bits=kv_bits, trust_remote_code=trust_remote_code,
-                               accuracy_level=accuracy_level, kv_type=kv_type, kv_rotation=kv_rotation) as runner:
+                               accuracy_level=accuracy_level, kv_type=kv_type, kv_rotation=kv_rotation,
+                               activations=activations) as runner:
         if from_file:
             stored = read_kld(reference) if is_kld(reference) else read_reference(reference)
             chosen = _windows_of(stored, package, runner, text, windows, window)
@@ -86,6 +89,8 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
             report["kv_bits"] = kv_bits
         if kv_type is not None:
             report |= {"kv_type": kv_type, "kv_rotation": runner.kv_cache.rotated}
+        if activations is not None:
+            report["activations"] = activations
         if getattr(runner, "accuracy_level", None) is not None:
             report["accuracy_level"] = runner.accuracy_level
         report |= _speed(runner, speed)

@@ -32,16 +32,20 @@ class TorchBackend:
 
     model: a Hugging Face folder or hub id, a GGUF (dequantised), a quantised checkpoint folder (decoded),
     or an open object that `optrot_edge.models.forward` accepts. dtype: "float32" or "float64".
-    device: "cpu", "cuda", "mps" or "auto". Raises InputError.
+    device: "cpu", "cuda", "mps" or "auto". activations: bits that the inputs of all linears but the head are rounded
+    to per token (see `optrot_edge.models.activations`), 16: none. Raises InputError.
     """
 
     runtime = "torch"
 
-    def __init__(self, model, *, dtype: str = "float32", device: str = "cpu"):
+    def __init__(self, model, *, dtype: str = "float32", device: str = "cpu", activations: int = 16):
         self._torch = torch = require("torch", "learn", "the torch reference")
         if dtype not in ("float32", "float64"):
             raise InputError(f"unknown dtype {dtype!r} for the torch reference; use float32 or float64")
+        from optrot_edge.models.activations import check_activations
+
         self.dtype, self.device = getattr(torch, dtype), self._choose(device)
+        self.activations = check_activations(activations)
         self.model = self._open(model) if isinstance(model, str | Path) else model
         self.config = self.model.config
         self.vocab_size, self.context_length = self.config.vocab_size, self.config.max_position_embeddings
@@ -106,7 +110,8 @@ class TorchBackend:
         torch = self._torch
         tokens = self._check(tokens)
         model = _Watched(self.model, progress) if progress else self.model
-        hidden = final_hidden(model, torch.from_numpy(tokens), dtype=self.dtype, device=self.device)
+        hidden = final_hidden(model, torch.from_numpy(tokens), dtype=self.dtype, device=self.device,
+                              activations=self.activations)
         head = self.model.lm_head(self.dtype)
         head = (self.model.embedding(self.dtype) if head is None else head).to(self.device)
         for window in hidden:

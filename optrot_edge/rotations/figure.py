@@ -108,13 +108,13 @@ def _draw_matrices(figure, rows: list[dict], quantities, ratio: bool) -> None:
     for line, (label, scale) in zip(grid, styles, strict=True):
         line[0].set_ylabel(label, fontsize=12)
         for axes in line:
-            _dress(axes, scale)
+            dress(axes, scale)
     figure.legend([before, after], ["before: as stored", "after: rotated"], loc="outside upper right", ncols=2,
                   frameon=False, fontsize=12)
     figure.supxlabel(LEGEND + INPUT_LEGEND if ratio else LEGEND, fontsize=11)
 
 
-def _dress(axes, scale: str) -> None:
+def dress(axes, scale: str) -> None:
     """Scale, ticks that read as plain numbers and do not touch, whole layers."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 

@@ -75,20 +75,11 @@ class PlusLearner:
         self.down_cost = [self._down_cost(index) for index in range(self.config.num_hidden_layers)]
 
     def _start_scales(self, start: Rotation) -> dict[str, torch.Tensor]:
-        """log scales [layers, n]: the start's own, the native gains, or ones."""
         names = scale_widths(self.config) if self.options.scales else ()
         if self.r4_block:  # behind R4 a scale no longer belongs to one column of down
             names = [name for name in names if name != "up"]
-        widths, layers = scale_widths(self.config), self.config.num_hidden_layers
-        out = {name: start.scales[name].log() if name in start.scales else torch.zeros(layers, widths[name])
-               for name in names}
-        native = [name for name in names if name in READS and self.native and name not in start.scales]
-        for index in range(layers if native else 0):
-            layer = self.source.layer(index)
-            for name in native:
-                gain = layer[f"{name}.weight"].float().abs()
-                out[name][index] = gain.clamp_min(SMALLEST_GAIN * gain.mean()).log()
-        return {name: value.to(self.device, torch.float32) for name, value in out.items()}
+        found = start_log_scales(self.source, start, names, native=self.native)
+        return {name: value.to(self.device, torch.float32) for name, value in found.items()}
 
     def _down_cost(self, index: int) -> torch.Tensor:
         """C of what down_proj reads. Only its scales change it, nearly by their squares (exactly without damping)."""
@@ -162,6 +153,21 @@ class PlusLearner:
         r1, r2 = (None if matrix is None else projected(matrix) for matrix in (self.r1, self.r2))
         scales = {name: value.cpu().double().exp() for name, value in self.log_scales.items()}
         return Rotation("optrot+", r1, r2, start.r3_block, start.r4_block, recipe, scales)
+
+
+def start_log_scales(source, start: Rotation, names, *, native: bool) -> dict[str, torch.Tensor]:
+    """Logarithms of the channel scales `names` [layers, n] to begin with: the start's own, else, for norms and if
+    `native`, the model's gains, else zero."""
+    widths, layers = scale_widths(source.config), source.config.num_hidden_layers
+    out = {name: start.scales[name].log() if name in start.scales else torch.zeros(layers, widths[name])
+           for name in names}
+    gains = [name for name in names if name in READS and native and name not in start.scales]
+    for index in range(layers if gains else 0):
+        layer = source.layer(index)
+        for name in gains:
+            gain = layer[f"{name}.weight"].float().abs()
+            out[name][index] = gain.clamp_min(SMALLEST_GAIN * gain.mean()).log()
+    return out
 
 
 def native_start(config, which: set[str], *, r3_block=None, r4_block=None) -> Rotation:

@@ -24,35 +24,36 @@ from optrot_edge.rotations.covariance import INPUTS, Covariances, rotate_covaria
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.rotation import Rotation
 
-INPUT_QUANTITIES = ("mu_h", "tr_d", "tr_h", "tr_d_over_tr_h", "damp_escalations")
+INPUT_QUANTITIES = ("mu_h", "lambda_max", "tr_d", "tr_h", "tr_d_over_tr_h", "damp_escalations")
 SUMMARISED = ("mu_w", "kurtosis", "mu_h", "mu_w_mu_h", "tr_d_over_tr_h")
 
 
-def eigenvector_incoherence(hessian: torch.Tensor, tokens: int | None = None) -> float:
-    """μ_H = max|Q|·√n over the eigenvectors Q of H [n, n]: √n when one of them is a coordinate axis.
+def spectrum(hessian: torch.Tensor, tokens: int | None = None) -> tuple[float, float]:
+    """μ_H = max|Q|·√n over the eigenvectors Q of H [n, n], √n when one of them is a coordinate axis; and λ_max(H).
 
     When H is a mean over `tokens` < n, its n − tokens null directions have no eigenvectors of their own
     and are left out. The decomposition is done in H's dtype where H lies, about 10 n³ operations: 0.6 s
     for n = 1,536 on one CPU core (float64), so about ten minutes for the 14,336 of an 8B model's
     down_proj; use a GPU there, or leave μ_H out.
     """
-    vectors = torch.linalg.eigh(hessian).eigenvectors  # eigenvalues ascend
+    values, vectors = torch.linalg.eigh(hessian)  # eigenvalues ascend
     if tokens is not None and tokens < len(hessian):
         vectors = vectors[:, len(hessian) - tokens:]
-    return float(vectors.abs().max()) * math.sqrt(len(hessian))
+    return float(vectors.abs().max()) * math.sqrt(len(hessian)), float(values[-1])
 
 
 def input_quantities(hessian: torch.Tensor, *, damp: float, act_order: bool, tokens: int | None = None,
                      mu_h: bool = True) -> dict:
-    """`INPUT_QUANTITIES` of H [n, n]: μ_H, Σ D_j as GPTQ with this damping and order has it, tr H."""
+    """`INPUT_QUANTITIES` of H [n, n]: μ_H, λ_max, Σ D_j as GPTQ with this damping and order has it, tr H."""
     prepared = prepare_hessian(hessian, damp=damp, act_order=act_order)
-    return {"mu_h": eigenvector_incoherence(hessian, tokens) if mu_h else None,
+    mu, largest = spectrum(hessian, tokens) if mu_h else (None, None)
+    return {"mu_h": mu, "lambda_max": largest,
             "tr_d": float(prepared.column_cost.sum()), "tr_h": float(hessian.diagonal().sum()),
             "tr_d_over_tr_h": prepared.feedback_gain(hessian), "damp_escalations": prepared.escalations}
 
 
-def _matrix_quantities(weight: torch.Tensor, inputs: dict | None) -> dict:
-    """The entries "before" or "after" of a row."""
+def matrix_quantities(weight: torch.Tensor, inputs: dict | None) -> dict:
+    """μ_W, kurtosis, ‖W‖_F and, of its `inputs`, `INPUT_QUANTITIES` (None without) and μ_W μ_H."""
     entry = {"mu_w": incoherence(weight), "kurtosis": kurtosis(weight), "frobenius": float(weight.norm())}
     entry |= inputs or dict.fromkeys(INPUT_QUANTITIES)
     entry["mu_w_mu_h"] = None if entry["mu_h"] is None else entry["mu_w"] * entry["mu_h"]
@@ -71,9 +72,9 @@ def measure(source, rotation: Rotation, covariances: Covariances | None, *, damp
             mu_h: bool = True, device: str = "cpu", progress: Callable[[int, int], None] | None = None) -> list[dict]:
     """A row per layer and matrix: `layer`, `matrix`, `before`, `after` (quantities) and `tr_d_ratio`.
 
-    Without `covariances`, or for μ_H with `mu_h` False, the quantities of the inputs are None. Up to
+    Without `covariances`, or for μ_H and λ_max with `mu_h` False, the quantities of the inputs are None. Up to
     eight float64 factorisations per layer, and as many eigendecompositions (see
-    `eigenvector_incoherence`); inputs that the rotation leaves alone are done once.
+    `spectrum`); inputs that the rotation leaves alone are done once.
     Raises InputError when a covariance cannot be factorised.
     """
     rotated = RotatedModel(source, rotation, device)
@@ -86,7 +87,7 @@ def measure(source, rotation: Rotation, covariances: Covariances | None, *, damp
                                    dict(damp=damp, act_order=act_order, tokens=covariances.tokens, mu_h=mu_h), device)
         for kind, names in INPUTS.items():
             for name in names:
-                before, after = (_matrix_quantities(layer[f"{name}.weight"], found)
+                before, after = (matrix_quantities(layer[f"{name}.weight"], found)
                                  for layer, found in zip(layers, inputs[kind], strict=True))
                 rows.append({"layer": index, "matrix": name, "before": before, "after": after,
                              "tr_d_ratio": _cost_ratio(before, after)})

@@ -25,8 +25,12 @@ def skew_gradient(r: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def cayley_step(r: torch.Tensor, gradient: torch.Tensor, lr: float) -> torch.Tensor:
-    """R·Cay(−αS), S = ½(RᵀG − GᵀR), α = min(lr, 1/‖S‖₁), by five fixed-point iterations (batched)."""
-    skew = skew_gradient(r, gradient)
+    """`cayley` along the skew gradient S = ½(RᵀG − GᵀR)."""
+    return cayley(r, skew_gradient(r, gradient), lr)
+
+
+def cayley(r: torch.Tensor, skew: torch.Tensor, lr: float) -> torch.Tensor:
+    """R·Cay(−αS), α = min(lr, 1/‖S‖₁), by five fixed-point iterations (batched)."""
     alpha = (1 / torch.linalg.matrix_norm(skew, ord=1, keepdim=True).clamp_min(1e-30)).clamp_max(lr)
     half = 0.5 * alpha * skew
     y = r.mT + 2 * half @ r.mT
@@ -55,10 +59,37 @@ def polar_step(r: torch.Tensor, gradient: torch.Tensor, step: float, momentum: t
     if momentum is not None:
         momentum.mul_(beta).add_(skew)
         skew = skew + beta * momentum
-    r = r - math.tan(step) * r @ newton_schulz_polar(skew)
-    for _ in range(3):  # singular values start within [1, 1.43] at the largest step; quadratic convergence
+    return nearly_orthogonal(r - math.tan(step) * r @ newton_schulz_polar(skew))
+
+
+def nearly_orthogonal(r: torch.Tensor) -> torch.Tensor:
+    """Three steps of Newton and Schulz towards the polar factor (batched): they converge quadratically, from singular
+    values up to 1.43, which is what the largest polar step leaves."""
+    for _ in range(3):
         r = 1.5 * r - 0.5 * r @ (r.mT @ r)
     return r
+
+
+class RiemannAdam:
+    """Adam (arXiv 1412.6980) on a batch of rotations, its moments those of the skew gradient in the frame that turns
+    with R, and a Cayley step along the result, a skew matrix too because its squares are symmetric.
+
+    One step turns by about `lr` radians: entries of ±1 have a spectral norm of about √n, which the step is divided by.
+    """
+
+    BETAS, EPSILON = (0.9, 0.99), 1e-20
+
+    def __init__(self, like: torch.Tensor):
+        self.mean, self.square, self.steps = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def step(self, r: torch.Tensor, gradient: torch.Tensor, lr: float) -> torch.Tensor:
+        """R after one step against `gradient`."""
+        skew, self.steps = skew_gradient(r, gradient), self.steps + 1
+        self.mean.lerp_(skew, 1 - self.BETAS[0])
+        self.square.lerp_(skew.square(), 1 - self.BETAS[1])
+        size = (self.square / (1 - self.BETAS[1]**self.steps)).sqrt_().add_(self.EPSILON)
+        direction = self.mean / (1 - self.BETAS[0]**self.steps) / size
+        return nearly_orthogonal(cayley(r, direction, lr / math.sqrt(r.shape[-1])))
 
 
 class Descent:

@@ -1,0 +1,108 @@
+"""The paper's tables (arXiv 2512.24124) for SmolLM2-135M: `optrot-edge compare` in the paper's setting.
+
+    python benchmarks/paper_tables.py --text wiki.test.raw --calibration c4.txt
+
+The dithered testbed (`testbed.py`) stands for the float model. GPTQ on 512 × 256 calibration tokens with damping 0.01,
+4 and 3 bits with integer zero-points, round-to-nearest beside it, with and without online R3 and R4, activations in 16,
+8 and 4 bits. Groups are of 192, which divides this model's rows of 576 and 1,536; the
+paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solver polar` is the fast one. Without
+`--calibration` the text is cut in two as `texts.py` does.
+
+The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. What tables need
+of it is written to `--out`, and from that the part of docs/paper.md between the marks; `--write` does only that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from testbed import build_testbed
+from texts import load_text
+
+from optrot_edge.compare.arms import ACTIVATIONS, ARMS
+from optrot_edge.compare.comparison import compare
+from optrot_edge.compare.tables import COLUMNS, about, tables
+from optrot_edge.terminal import Reporter, print_comparison
+
+HERE = Path(__file__).resolve().parent
+DOCUMENT = HERE.parent / "docs" / "paper.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+QUANTITIES = ("mu_w", "mu_h", "mu_w_mu_h", "tr_d_over_tr_h")
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Run or finish the comparison; returns what `compare` does."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    text = load_text(options.text)
+    files = {"evaluation": options.work / "paper-evaluation.txt", "calibration": options.work / "paper-calibration.txt"}
+    for name, path in files.items():
+        path.write_text(getattr(text, name), encoding="utf-8")
+    fields = {"calibration": options.calibration or str(files["calibration"]), "nsamples": options.nsamples,
+              "seqlen": 256, "damp": 0.01, "r4_block": 512, "optrot_solver": options.solver, "seed": options.seed,
+              "device": options.device}
+    with Reporter() as reporter:
+        return compare(build_testbed(options.work / "testbed"), options.work / "paper", text=str(files["evaluation"]),
+                       rotations=options.rotations.split(","), bits=[4, 3], group_size=192, quantizers=["gptq", "rtn"],
+                       activations=list(ACTIVATIONS), online="both", windows=options.windows, window=256,
+                       max_minutes=options.max_minutes, fields=fields, progress=reporter.update)
+
+
+def shortened(results: dict) -> dict:
+    """The results without a row per layer and matrix: medians of the quantities instead."""
+    medians = {name: {key: statistics.median(row[key] for row in entry["layers"]) for key in QUANTITIES}
+               for name, entry in results["quantities"].items()}
+    return {name: value for name, value in results.items() if name not in ("quantities", "errors", "curves")} | {
+        "medians": medians}
+
+
+def written(results: dict) -> str:
+    """What stands between the marks of the document."""
+    lines = [f"{line}  " for line in about(results)]
+    for table in tables(results):
+        lines += ["", f"### {table['title']}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        lines += ["| " + " | ".join(row) + " |" for row in table["cells"]]
+        lines += [""] * bool(table["notes"]) + [f"* {note}" for note in table["notes"]]
+    lines += ["", "### Medians over layers and matrices", "", "| rotation | μ_W | μ_H | μ_W μ_H | tr D / tr H |",
+              "|---|---|---|---|---|"]
+    lines += [f"| {name} | " + " | ".join(f"{entry[key]:.3g}" for key in QUANTITIES) + " |"
+              for name, entry in results["medians"].items()]
+    return "\n".join(lines)
+
+
+def write_document(results: dict, document: Path = DOCUMENT) -> None:
+    """Put `results` between the marks of `document`."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    document.write_text(f"{before}{BEGIN}\n{written(results)}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure, write the JSON and the document, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", help="text to evaluate on (default: WikiText-2)")
+    parser.add_argument("--calibration", help="text to calibrate on (default: the last 30 %% of --text)")
+    parser.add_argument("--rotations", default=",".join(ARMS), help="arms, with commas (default: all there are)")
+    parser.add_argument("--solver", default="cayley", choices=("cayley", "polar"))
+    parser.add_argument("--nsamples", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--max-minutes", type=float, help="leave out what would not end within this")
+    parser.add_argument("--work", type=Path, default=Path("out/benchmarks"))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "paper_tables.json")
+    parser.add_argument("--write", action="store_true", help="write the document from --out; measure nothing")
+    options = parser.parse_args()
+    if not options.write:
+        found = measure(options)
+        options.out.write_text(json.dumps(shortened(found), indent=1) + "\n", encoding="utf-8")
+        print_comparison(found, options.work / "paper")
+    write_document(json.loads(options.out.read_text(encoding="utf-8")))
+    Console().print(f"written to {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""`compare`: the tables and figures of the papers for one model, from rows that are measured one by one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from optrot_edge.compare.arms import ARMS
+from optrot_edge.compare.options import CompareOptions, Row
+from optrot_edge.compare.run import Comparison, learning_remarks
+from optrot_edge.errors import InputError
+from optrot_edge.fingerprint import differences, fingerprint
+from optrot_edge.inputs import CalibrationInputs, Progress
+from optrot_edge.journal import Journal, Lock, commit, remove_folder
+from optrot_edge.rotating import needs_learn, quiet, resolve_device
+
+RESULTS = "results.json"
+KIND = "compare"  # of the journal
+
+
+def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = False, progress: Progress = quiet,
+            interrupted: Callable[[], bool] = lambda: False, **options) -> dict:
+    """Measure `model` under every combination that `options` (CompareOptions') names against itself on `text` (a file,
+    "builtin" or a hub dataset), and write tables and figures into the folder `out`; returns what `results.json` holds.
+
+    Rows that another run finished there are kept, so lists may grow; other settings are refused unless `restart`, which
+    forgets them. An arm that fails is a row with its reason. Raises InputError for bad input, for a folder that is
+    something else or that another process writes, StorageError when the disk refuses.
+    """
+    needs_learn()
+    from optrot_edge.compare.report import write_reports
+    from optrot_edge.models import open_model
+    from optrot_edge.quantize.calibration import load_text
+    from optrot_edge.runtime.evaluate import tokenize_for
+    from optrot_edge.runtime.text import text_sha256
+
+    chosen, source, out = CompareOptions(**options), open_model(model), Path(out)
+    recipe = _check(source, chosen)
+    words = load_text(text, split="test")
+    tokens = tokenize_for(source.path, None, words, chosen.window, chosen.windows)
+    if tokens.shape[1] > source.config.max_position_embeddings:
+        raise InputError(f"--window {tokens.shape[1]} exceeds the model's context of "
+                         f"{source.config.max_position_embeddings} tokens")
+    device = resolve_device(recipe.device)
+    lock = Lock(out.absolute().with_name(out.absolute().name + ".lock"))
+    try:
+        with CalibrationInputs(source, recipe, device, out / "work", progress=progress) as inputs:
+            if inputs.text_sha256 == text_sha256(words):
+                warnings.warn("calibration and evaluation read the same text: what learns from it looks better than it "
+                              "is", stacklevel=2)
+            settings = fingerprint(source, recipe, device, inputs.text_sha256)
+            settings["recipe"] = chosen.settings(settings["recipe"], text_sha256(words))
+            journal = _begin(out, settings | {"kind": KIND}, restart)
+            run = Comparison(source, chosen, inputs, tokens, journal, progress, interrupted)
+            run.measure(lambda: _save(out, _results(source, chosen, journal)))
+        found = _results(source, chosen, journal)
+        _save(out, found)
+        write_reports(out, found)
+    finally:
+        lock.release()
+    return found
+
+
+def _check(source, options: CompareOptions):
+    """A recipe that has what all rows share; InputError for what the open model cannot be, before any work."""
+    from optrot_edge.inputs import check_windows
+    from optrot_edge.plan import check_widths
+
+    recipes = [options.rotation_recipe(build) for build in options.builds()]
+    for recipe in recipes:
+        check_widths(source, recipe)
+        check_windows(source, recipe)
+    return recipes[0]
+
+
+def _begin(out: Path, settings: dict, restart: bool) -> Journal:
+    """The journal of the folder `out`, a new one if there is none."""
+    journal = Journal.load(out) if out.is_dir() else None
+    if journal is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is no comparison; choose another --out")
+    if journal is not None and journal.settings.get("kind") != KIND:
+        raise InputError(f"{out} holds another command's unfinished work; choose another --out")
+    if journal is not None and restart:
+        remove_folder(out)
+        journal = None
+    if journal is not None and (changed := differences(journal.settings, settings)):
+        raise InputError(f"{out} holds a comparison of other settings: {'; '.join(changed)}. Go on with the former "
+                         "ones, choose another --out, or start over with --restart")
+    if journal is None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create {out}: {error.strerror}; choose another --out") from None
+        journal = Journal(out, settings)
+        journal.save()
+    return journal
+
+
+def _results(source, options: CompareOptions, journal: Journal) -> dict:
+    """All that is known of the rows asked for, as JSON."""
+    rows, builds = [_row(row, journal) for row in options.rows()], options.builds()
+    rotations = {build.rotation: build for build in builds}
+    about = lambda name, key: (journal.about(name) or {}).get(key)  # noqa: E731
+    return {"format": "optrot-compare", "version": 1, "model": source.config.name or Path(source.path).stem,
+            "settings": journal.settings, "lists": options.recorded(), "reference": journal.about("reference"),
+            "rows": rows,
+            "quantities": {name: {"arm": build.arm, "bits": build.bits if ARMS[build.arm].per_grid else None,
+                                  "online": build.online, "layers": layers}
+                           for name, build in rotations.items()
+                           if (layers := about(f"quantities {name}", "layers"))},
+            "errors": {build.name: layers for build in builds if (layers := about(f"errors {build.name}", "layers"))},
+            "curves": {name: curve for name in rotations
+                       if (curve := about(f"rotations/{name}.safetensors", "loss_curve"))}}
+
+
+def _row(row: Row, journal: Journal) -> dict:
+    build = row.build
+    found = {"name": row.name, "arm": build.arm, "label": ARMS[build.arm].label, "bits": build.bits,
+             "quantizer": build.quantizer, "online": build.online, "activations": row.activations, "build": build.name,
+             "rotation": build.rotation, **(journal.about(f"row {row.name}") or
+                                            {"status": "pending", "reason": "not measured yet"})}
+    errors = journal.about(f"errors {build.name}")
+    if errors is not None:
+        values = [entry["snr_db"] for entry in errors["layers"] if entry["snr_db"] is not None]
+        found |= {"snr_db": statistics.fmean(values) if values else None, "warnings": errors["warnings"],
+                  "bytes": errors["bytes"], "bits_per_weight": errors["bits_per_weight"]}
+    return found | learning_remarks(build, journal)
+
+
+def _save(out: Path, results: dict) -> None:
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    commit(out / RESULTS, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -1,0 +1,250 @@
+"""Measuring a comparison row by row; a run that was stopped goes on at the row it was in.
+
+The folder holds `journal.json` with all that is measured, the rotations, and, while a build is being measured, its
+checkpoint under `work`. Rows that failed, or did not fit the time, are tried again by the next run.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+from optrot_edge.checkpoint import is_checkpoint
+from optrot_edge.compare.arms import ARMS, learning_of, not_reproduced
+from optrot_edge.compare.options import Build, CompareOptions, Row
+from optrot_edge.errors import InputError, StorageError
+from optrot_edge.inputs import CalibrationInputs, Progress
+from optrot_edge.journal import Journal, commit, remove_folder, sha256
+
+SCORES = ("kl_mean", "kl_se", "kl_median", "kl_p90", "kl_p99", "ppl", "ppl_se", "top1", "top1_se", "nonfinite",
+          "windows", "tokens")
+
+
+class TooLong(InputError):
+    """What would not end within `--max-minutes`."""
+
+
+class Reference:
+    """The float model's logits on `tokens` [windows, length], from hidden states that are computed once."""
+
+    def __init__(self, source, tokens: np.ndarray, device: str):
+        from optrot_edge.runtime.torch_reference import TorchBackend
+
+        self.source, self.tokens, self.device = source, tokens, device
+        self.name = TorchBackend(source, device=device).name
+
+    @functools.cached_property
+    def _states(self):
+        import torch
+
+        from optrot_edge.models.forward import final_hidden
+
+        hidden = final_hidden(self.source, torch.from_numpy(self.tokens.astype(np.int64)), device=self.device)
+        head = self.source.lm_head(torch.float32)
+        return hidden, (self.source.embedding(torch.float32) if head is None else head).to(self.device)
+
+    def iter_logits(self, tokens: np.ndarray, *, progress=None):
+        """Logits float32 [n, vocab] of each window."""
+        import torch
+
+        hidden, head = self._states
+        for window in hidden:
+            yield torch.nn.functional.linear(window.to(self.device), head).to("cpu", torch.float32).numpy()
+
+
+class Comparison:
+    """Measures rows into the journal of `folder`; `tokens` are the windows evaluated. `interrupted` tells whether an
+    exception stands for a signal, see `optrot_edge.stopping.stoppable`."""
+
+    def __init__(self, source, options: CompareOptions, inputs: CalibrationInputs, tokens: np.ndarray, journal: Journal,
+                 progress: Progress, interrupted: Callable[[], bool] = lambda: False):
+        self.source, self.options, self.inputs, self.tokens = source, options, inputs, tokens
+        self.journal, self.folder, self.progress, self.interrupted = journal, journal.folder, progress, interrupted
+        self.work, self.device, self.began = journal.folder / "work", inputs.device, time.monotonic()
+        self.reference = Reference(source, tokens, self.device)
+
+    def measure(self, written: Callable[[], object]) -> None:
+        """Measure every row that is not in the journal yet; `written()` is called after each build."""
+        self.work.mkdir(exist_ok=True)
+        for stray in self.work.glob(".optrot-covariances-*"):  # of a run that was killed
+            shutil.rmtree(stray)
+        rows = self.options.rows()
+        groups = [(build, list(group)) for build, group in itertools.groupby(rows, lambda row: row.build)]
+        for index, (build, group) in enumerate(groups):
+            self.progress("compare", index, len(groups), build.name)
+            pending = [row for row in group if not is_measured(self.journal, row)]
+            if pending:
+                self._measure(build, pending)
+                written()
+        self.progress("compare", len(groups), len(groups), "")
+        shutil.rmtree(self.work)
+
+    def _measure(self, build: Build, rows: list[Row]) -> None:
+        """Quantise and evaluate `rows` of one build, or note why that could not be."""
+        for row in rows:
+            try:
+                self._evaluate(row, self._analysed(row) if ARMS[build.arm].analysis else self._quantized(build))
+            except StorageError:
+                raise
+            except Exception as error:  # of one arm; the others are to be measured all the same
+                if self.interrupted():
+                    raise KeyboardInterrupt from error
+                kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+                status = "skipped" if isinstance(error, TooLong) else "failed"
+                self.journal.note(f"row {row.name}", {"status": status, "reason": f"{kind}{error}"})
+        if all(is_measured(self.journal, row) for row in rows):
+            remove_folder(self.work / build.name)
+
+    def rotation(self, build: Build):
+        """The build's rotation, drawn or learned the first time, and its quantities measured."""
+        from optrot_edge.rotating import make_rotation
+        from optrot_edge.rotations.rotation import Rotation
+
+        arm, name = ARMS[build.arm], f"rotations/{build.rotation}.safetensors"
+        if arm.rotation == "none":
+            rotation = Rotation("none")
+        else:
+            path, entry = self.folder / name, self.journal.entries.get(name)
+            if entry is None or not (path.is_file() and sha256(path) == entry["sha256"]):
+                recipe = self.options.rotation_recipe(build)
+                with CalibrationInputs(self.source, recipe, self.device, self.work, covariances=self.inputs.covariances,
+                                       progress=self.progress) as inputs:
+                    made = make_rotation(self.source, recipe, self.progress, inputs=inputs)
+                path.parent.mkdir(exist_ok=True)
+                commit(path, made.save)
+                self.journal.keep(name, {"learning": learning_of(made.recipe),
+                                         "loss_curve": made.recipe.get("loss_curve")})
+            rotation = Rotation.load(path)
+        self._quantities(build, rotation)
+        return rotation
+
+    def _quantities(self, build: Build, rotation) -> list[dict]:
+        from optrot_edge.compare.quantities import arm_quantities
+
+        if (found := self.journal.about(f"quantities {build.rotation}")) is None:
+            recipe = self.inputs.recipe
+            found = {"layers": arm_quantities(
+                self.source, rotation, self.inputs.covariances, damp=recipe.damp, act_order=recipe.act_order,
+                mu_h=self.options.mu_h, device=self.device,
+                progress=lambda done, total: self.progress("measure matrices", done, total, build.rotation))}
+            self.journal.note(f"quantities {build.rotation}", found)
+        return found["layers"]
+
+    def _quantized(self, build: Build):
+        """The build's checkpoint, made or finished if need be and opened to be decoded, and its errors measured."""
+        from optrot_edge import pipeline
+        from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
+
+        folder, measured = self.work / build.name, self.journal.about(f"errors {build.name}")
+        if measured is not None and is_checkpoint(folder):
+            return DecodedCheckpoint(folder)
+        self._check_time(build)
+        rotation = self.rotation(build)
+        if not is_checkpoint(folder):
+            with warnings.catch_warnings():  # the manifest keeps them, and the row says how many
+                warnings.simplefilter("ignore")
+                pipeline.quantize(self.inputs.source.path, folder, rotation=rotation, progress=self.progress,
+                                  **self.options.quantizing(build))
+        made = DecodedCheckpoint(folder)
+        if measured is None:
+            self._note_errors(build, rotation, made, self._quantities(build, rotation),
+                              warnings=made.checkpoint.manifest["warnings"])
+        return made
+
+    def _analysed(self, row: Row):
+        """The model in memory of an analysis arm, learned for the row's activations; the errors are those of the first
+        row's."""
+        import torch
+
+        from optrot_edge.rotations.analysis import TOKENS, AnalysisOptions, analyse
+        from optrot_edge.rotations.rotation import Rotation
+
+        build, recipe = row.build, self.options.rotation_recipe(row.build)
+        self._check_time(build)
+        options = AnalysisOptions(ARMS[build.arm].rotation, recipe.type, build.quantizer, row.activations,
+                                  recipe.e2e_steps, recipe.damp, self.device)
+        made = analyse(self.source, self.inputs.tokens, options, torch.Generator().manual_seed(recipe.seed + 1),
+                       lambda done, total: self.progress("quantise layers", done, total, row.name))
+        if self.journal.about(f"errors {build.name}") is None:
+            pairs = [pair for layer in made.losses for pair in layer.values()]
+            learning = {"steps": options.steps, "tokens": min(TOKENS, self.inputs.tokens.numel()),
+                        "loss_start": sum(before for before, _ in pairs),
+                        "loss": sum(after for _, after in pairs)} if pairs else {}
+            self._note_errors(build, Rotation("none"), made, [], learning=learning_of(learning), warnings=[])
+        return made
+
+    def _note_errors(self, build: Build, rotation, made, quantities: list[dict], **about) -> None:
+        """Measure a quantised model layer by layer, and note that with its size."""
+        from optrot_edge.compare.quantities import quantization_errors
+
+        rows = quantization_errors(self.source, rotation, made, self.inputs.covariances, quantities, build.bits,
+                                   device=self.device, progress=lambda done, total: self.progress(
+                                       "measure errors", done, total, build.name))
+        self.journal.note(f"errors {build.name}", {"layers": rows, **about, **self._size(build, rotation)})
+
+    def _size(self, build: Build, rotation) -> dict:
+        """Bytes of all tensors as a package stores them, and bits per weight of the original."""
+        from math import prod
+
+        from optrot_edge.plan import stored_bytes
+        from optrot_edge.tensor_types import all_shapes
+
+        size = stored_bytes(self.source, rotation, self.options.rotation_recipe(build))
+        weights = sum(map(prod, all_shapes(self.source.family, self.source.config).values()))
+        return {"bytes": round(size), "bits_per_weight": 8 * size / weights}
+
+    def _evaluate(self, row: Row, made) -> None:
+        """Score a row's model and note it."""
+        from optrot_edge.runtime.evaluate import score_windows
+        from optrot_edge.runtime.torch_reference import TorchBackend
+
+        if self._left() is not None and self._left() <= 0:
+            raise TooLong(f"the {self.options.max_minutes:g} minutes of --max-minutes had passed")
+        with TorchBackend(made, device=self.device, activations=row.activations) as runner:
+            scores = score_windows(runner, self.reference, self.tokens,
+                                   lambda done, total, what: self.progress("evaluate", done, total, row.name))
+        summary = scores.summary()
+        self.journal.note(f"row {row.name}", {
+            "status": "measured", **{name: summary.get(name) for name in SCORES},
+            "window_kl": [float(kl) if np.isfinite(kl) else None for kl in scores.window_kl]})
+        if self.journal.about("reference") is None:
+            self.journal.note("reference", {"ppl": summary["ppl_reference"], "ppl_se": summary["ppl_reference_se"]})
+
+    def _left(self) -> float | None:
+        """Seconds left; None without a limit."""
+        limit = self.options.max_minutes
+        return None if limit is None else 60 * limit - (time.monotonic() - self.began)
+
+    def _check_time(self, build: Build) -> None:
+        """TooLong when learning, quantising and evaluating would not end in time, as `optrot_edge.plan` estimates."""
+        from optrot_edge.plan import make_plan
+        from optrot_edge.rotating import starting_point
+
+        if self._left() is None:
+            return
+        recipe = self.options.rotation_recipe(build)
+        needed = make_plan(self.source, recipe, starting_point(self.source, recipe))["seconds"]
+        if needed > self._left():
+            raise TooLong(f"needs about {needed / 60:.1f} minutes, and {max(0.0, self._left() / 60):.1f} of the "
+                          f"{self.options.max_minutes:g} of --max-minutes are left")
+
+
+def is_measured(journal: Journal, row: Row) -> bool:
+    """Whether nothing is left to do for `row`."""
+    return (journal.about(f"row {row.name}") or {}).get("status") == "measured"
+
+
+def learning_remarks(build: Build, journal: Journal) -> dict:
+    """`learning` of a build's rotation, and `not_reproduced`, the reason why a learned baseline was not."""
+    entry = journal.about(f"rotations/{build.rotation}.safetensors")
+    if ARMS[build.arm].analysis:
+        entry = journal.about(f"errors {build.name}")
+    learning = None if entry is None else entry["learning"]
+    return {"learning": learning,
+            "not_reproduced": None if entry is None else not_reproduced(ARMS[build.arm], learning)}

@@ -1,0 +1,132 @@
+"""The tables of a comparison, as rows of text: for the terminal, Markdown, CSV and the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from optrot_edge.compare.arms import ARMS
+
+COLUMNS = ("arm", "KL (nats)", "of QuaRot (95 %)", "perplexity", "top-1", "SNR (dB)", "MB")
+CSV_COLUMNS = ("arm", "bits", "activations", "quantizer", "online", "status", "reason", "kl_mean", "kl_se", "kl_median",
+               "kl_p90", "kl_p99", "ppl", "ppl_se", "top1", "top1_se", "snr_db", "bytes", "bits_per_weight",
+               "not_reproduced")
+OFFSETS = {"zero": "integer zero-points", "min": "float offsets", "sym": "symmetric"}
+BASE = "hadamard"  # what ratios are to, when it is among the rows
+
+
+def setting(row: dict) -> tuple:
+    """What the rows of one table have in common."""
+    return row["bits"], row["activations"], row["quantizer"], row["online"]
+
+
+def title(bits: int, activations: int, quantizer: str, online: bool, grid: str) -> str:
+    """Caption of a table."""
+    width = f"W{bits}" if activations == 16 else f"W{bits}A{activations}"
+    return f"{width}, {quantizer.upper()}, {grid}, {'with' if online else 'without'} online R3 and R4"
+
+
+def tables(results: dict) -> list[dict]:
+    """`title`, `rows` (of `results`), `cells` (COLUMNS as text) and `notes` of every table; arms that R3 and
+    R4 do not go with stand in those with and without."""
+    shared = results["settings"]["recipe"]
+    grid = f"groups of {shared['group_size']}, {OFFSETS[shared['grid']]}"
+    rows, found = results["rows"], []
+    lists = results["lists"]
+    online = {"no": (False,), "yes": (True,), "both": (False, True)}[lists["online"]]
+    for bits, quantizer, on, activations in itertools.product(*(dict.fromkeys(values) for values in (
+            lists["bits"], lists["quantizers"], online, lists["activations"]))):
+        of = [row for row in rows if setting(row)[:3] == (bits, activations, quantizer)
+              and (row["online"] == on or not ARMS[row["arm"]].takes_online)]
+        base = next((row for row in of if row["arm"] == BASE and row["status"] == "measured"), None)
+        found.append({"title": title(bits, activations, quantizer, on, grid), "rows": of, "online": on,
+                      "cells": [cells(row, base) for row in of],
+                      "notes": [f"{row['label']}: {said}" for row in of if (said := remarks(row))]})
+    return found
+
+
+def cells(row: dict, base: dict | None) -> list[str]:
+    """A row's COLUMNS."""
+    snr = "" if row.get("snr_db") is None else f"{row['snr_db']:.2f}"
+    size = "" if row.get("bytes") is None else f"{row['bytes'] / 1e6:.1f}"
+    if row["status"] != "measured" or row["kl_mean"] is None:
+        said = "not finite" if row["status"] == "measured" else row["status"]
+        return [row["label"], said, "", "", "", snr, size]
+    return [row["label"], with_error(row["kl_mean"], row["kl_se"], 4), ratio(row, base),
+            with_error(row["ppl"], row["ppl_se"], 3), with_error(100 * row["top1"], 100 * row["top1_se"], 1, " %"), snr,
+            size]
+
+
+def with_error(value: float, error: float | None, digits: int, unit: str = "") -> str:
+    """`value` ± its standard error."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}") + unit
+
+
+def ratio(row: dict, base: dict | None) -> str:
+    """A row's KL to that of `base`, with a paired bootstrap interval over windows."""
+    from optrot_edge.runtime.metrics import paired_bootstrap
+
+    if base is None or base["kl_mean"] is None:
+        return ""
+    if row is base:
+        return "1"
+    ours, theirs = (np.array(one["window_kl"]) for one in (row, base))
+    if len(ours) < 2:
+        return f"{ours.mean() / theirs.mean():.3f}"
+    found = paired_bootstrap(ours, theirs)
+    return f"{found.ratio:.3f} ({found.low:.3f}-{found.high:.3f})"
+
+
+def remarks(row: dict) -> str:
+    """What has to be known of a row besides its numbers."""
+    if row["status"] != "measured":
+        return f"{row['status']}: {row['reason']}"
+    found = []
+    if row["not_reproduced"]:
+        found.append(f"not reproduced: {row['not_reproduced']}")
+    if row["learning"]:
+        learning = row["learning"]
+        tokens = f" of {learning['tokens_per_step']:,} tokens" if learning["tokens_per_step"] else ""
+        found.append(f"{learning['steps']} steps{tokens}, loss {learning['loss_start']:.6g} to {learning['loss']:.6g}")
+    return "; ".join(found + row.get("warnings", []))
+
+
+def markdown(results: dict) -> str:
+    """Every table."""
+    lines = [f"# {results['model']}", "", *(f"{line}  " for line in about(results)), ""]
+    for table in tables(results):
+        lines += [f"## {table['title']}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        lines += ["| " + " | ".join(row) + " |" for row in table["cells"]] + [""]
+        lines += [f"* {note}" for note in table["notes"]] + [""] * bool(table["notes"])
+    return "\n".join(lines)
+
+
+def about(results: dict) -> list[str]:
+    """What all rows share, in sentences."""
+    shared = results["settings"]["recipe"]
+    order = "act-order" if shared["act_order"] else "stored order"
+    said = [f"Calibration: {shared['nsamples']} × {shared['seqlen']} tokens of {Path(shared['calibration']).name}; "
+            f"GPTQ with damping {shared['damp']:g}, {order}; rounding to nearest sees no text. Embedding and head stay "
+            "float16."]
+    scored = next((row for row in results["rows"] if row["status"] == "measured"), None)
+    if scored:
+        said.append(f"Evaluation: {scored['windows']} windows, {scored['tokens']:,} positions; decoded weights in "
+                    f"float32 torch against the float model, whose perplexity is "
+                    f"{with_error(results['reference']['ppl'], results['reference']['ppl_se'], 3)}.")
+    said.append("KL ± one standard error over positions; its ratio to QuaRot's with a paired bootstrap interval over "
+                "windows. SNR: mean over layers and matrices of 10 log10(tr WHWᵀ / tr (W−Ŵ)H(W−Ŵ)ᵀ), H of the float "
+                "model's inputs. MB: all tensors as stored.")
+    return said
+
+
+def as_csv(results: dict) -> str:
+    """A line per row, with CSV_COLUMNS."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results["rows"])
+    return stream.getvalue()

@@ -1,0 +1,42 @@
+"""The script of the paper's tables: what it keeps, and that the document says what the JSON holds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import paper_tables
+import pytest
+
+from optrot_edge.compare.comparison import compare
+from optrot_edge.compare.tables import tables
+from tests.compare.conftest import options
+from tests.road import save_model
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "paper.md"
+RESULTS = Path(paper_tables.HERE) / "results" / "paper_tables.json"
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+def test_the_document_holds_the_rows(text, tmp_path):
+    found = compare(save_model(tmp_path / "model", "smollm2"), tmp_path / "out", text="builtin", **options(text))
+    kept = json.loads(json.dumps(paper_tables.shortened(found)))
+    assert kept["rows"] == found["rows"] and not {"errors", "curves", "quantities"} & set(kept)
+    layers = found["quantities"]["hadamard"]["layers"]
+    assert kept["medians"]["hadamard"]["mu_w"] == statistics.median(row["mu_w"] for row in layers)
+    document = tmp_path / "paper.md"
+    document.write_text(f"before\n{paper_tables.BEGIN}\nold\n{paper_tables.END}\nafter\n")
+    for _ in range(2):
+        paper_tables.write_document(kept, document)
+        said = document.read_text()
+        assert said == f"before\n{paper_tables.BEGIN}\n{paper_tables.written(kept)}\n{paper_tables.END}\nafter\n"
+    for row in tables(found)[0]["cells"]:
+        assert "| " + " | ".join(row) + " |" in said
+
+
+def test_the_repositorys_document_says_what_was_measured():
+    """Nothing before there is a measurement, and then that."""
+    said = DOCUMENT.read_text().partition(f"{paper_tables.BEGIN}\n")[2].partition(f"\n{paper_tables.END}")[0]
+    wanted = paper_tables.written(json.loads(RESULTS.read_text())) if RESULTS.exists() else "Not measured yet."
+    assert said == wanted

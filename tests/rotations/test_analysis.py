@@ -1,0 +1,112 @@
+"""The analysis arms: exact without rounding, better for learning, the same for a seed, run by the torch backend."""
+
+import numpy as np
+import pytest
+import torch
+
+from optrot_edge.errors import InputError
+from optrot_edge.models import forward, open_model
+from optrot_edge.models.activations import fake_quantize_tokens
+from optrot_edge.quantize.grids import Grid
+from optrot_edge.rotations import analysis
+from optrot_edge.rotations.analysis import AnalysisOptions, analyse, learn_transform, output_error
+from optrot_edge.rotations.baselines import ONLINE
+from optrot_edge.rotations.transforms import Butterfly, Kronecker
+from optrot_edge.runtime.torch_reference import TorchBackend
+from tests.rotations.test_optrot_plus import make_uneven
+from tests.tiny_models import random_tokens, save_tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_model(make_uneven(save_tiny(tmp_path_factory.mktemp("analysis") / "m", "llama_bias")))
+
+
+def view_of(source, method, seed=0, **options):
+    return analyse(source, random_tokens(12, 32), AnalysisOptions(method, **{"steps": 4} | options),
+                   torch.Generator().manual_seed(seed))
+
+
+def kl(source, view, activations=16):
+    others = random_tokens(6, 32, seed=5)
+    want = forward.logits(source, others).log_softmax(-1)
+    got = forward.logits(view, others, activations=activations).log_softmax(-1)
+    return float(torch.nn.functional.kl_div(got, want, log_target=True, reduction="none").sum(-1).mean())
+
+
+@pytest.mark.parametrize("method", ONLINE)
+def test_nothing_changes_on_a_fine_grid(source, method):
+    view = view_of(source, method, grid="q8_0", steps=1)
+    assert kl(source, view) < 2e-4
+    assert 0.3 < kl(source, view_of(source, method, grid="int2-g32-sym", quantizer="rtn", steps=1)) < 100
+
+
+@pytest.mark.parametrize("method", ONLINE)
+def test_gptq_beats_rounding_and_activations_cost(source, method):
+    plain = view_of(source, method)
+    assert kl(source, plain) < 0.9 * kl(source, view_of(source, method, quantizer="rtn"))
+    eight, four = (kl(source, plain, bits) for bits in (8, 4))
+    assert kl(source, plain) < 1.2 * eight and eight < four
+
+
+@pytest.mark.parametrize("method", ["flatquant", "butterflyquant"])
+def test_learning_lowers_the_output_error(source, method):
+    """On tokens that only judge, weights and activations rounded, summed over all inputs."""
+    view = view_of(source, method, steps=40, activations=4)
+    errors = [pair for layer in view.losses for pair in layer.values()]
+    assert len(errors) == 8 and all(after <= before for before, after in errors)
+    before, after = map(sum, zip(*errors, strict=True))
+    assert after < 0.95 * before
+
+
+def test_the_start_is_kept_when_nothing_is_won(monkeypatch):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: [p.add_(0.5 * torch.arange(p.numel()).view(p.shape))
+                                                                for p in self.param_groups[0]["params"]])
+    generator = torch.Generator().manual_seed(0)
+    transform = Butterfly.start(32, generator)
+    start = transform.angles.detach().clone()
+    weight, x = torch.randn(8, 32, generator=generator), torch.randn(64, 32, generator=generator)
+    before, after = learn_transform(transform, weight, x, AnalysisOptions("butterflyquant", steps=5))
+    assert before == after and torch.equal(transform.angles, start)
+
+
+def test_the_error_is_that_of_the_rounded_linear():
+    """Against rounding written out, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 64, generator=generator, dtype=torch.float64) for rows in (10, 20))
+    transform, grid = Kronecker.start(64, generator), Grid("q4_0")
+    turned = transform.weight(weight).detach()
+    rounded = turned + analysis.weight_error(turned, grid)
+    z = fake_quantize_tokens(transform.apply(x).detach(), 4)
+    want = (z @ rounded.T - x @ weight.T).square().sum() / (x @ weight.T).square().sum()
+    assert float(output_error(transform, weight, x, grid, 4).detach()) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["quip#", "butterflyquant"])
+def test_the_same_seed_gives_the_same_bits(source, method):
+    first, again, other = (view_of(source, method, seed=seed, steps=2) for seed in (0, 0, 1))
+    assert all(torch.equal(first.layer(1)[name], again.layer(1)[name]) for name in first.layer(1))
+    assert not torch.equal(first.layer(1)["q_proj.weight"], other.layer(1)["q_proj.weight"])
+
+
+def test_the_torch_backend_runs_it(source):
+    view, tokens = view_of(source, "quip#"), random_tokens(2, 16).numpy().astype(np.int64)
+    with TorchBackend(view, activations=8) as rounded, TorchBackend(view) as plain:
+        got = rounded.logits_batch(tokens)
+        want = forward.logits(view, torch.from_numpy(tokens), activations=8).numpy()
+        np.testing.assert_array_equal(got, want)
+        assert np.abs(plain.logits_batch(tokens) - got).max() > 1e-4
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"method": "awq"}, "unknown method 'awq'"), ({"method": "quip#", "quantizer": "ldlq"}, "unknown quantizer"),
+    ({"method": "flatquant", "steps": 0}, "at least one step"), ({"method": "flatquant", "activations": 1}, "1 bits"),
+])
+def test_refusals(options, says):
+    with pytest.raises(InputError, match=says):
+        AnalysisOptions(**options)
+
+
+def test_a_grid_that_does_not_fit(source):
+    with pytest.raises(InputError, match="do not divide into groups of 64"):
+        view_of(source, "quip#", grid="int4-g64-sym")
