@@ -1,31 +1,17 @@
-"""llama.cpp's own llama-perplexity, where there is one; tests that need it are skipped elsewhere."""
+"""llama.cpp's own llama-perplexity, where it has been built; tests that call it are skipped elsewhere."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
-
-def _find() -> str | None:
-    """On the path, or where `benchmarks/llama_tools.py` builds it for the installed llama-cpp-python."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    built = base / "optrot-edge" / f"llama.cpp-{importlib.metadata.version('llama-cpp-python')}" / "bin"
-    return shutil.which("llama-perplexity", path=built) or shutil.which("llama-perplexity")
-
-
-TOOL = _find()
-needs_tool = pytest.mark.skipif(TOOL is None, reason="no llama-perplexity; benchmarks/llama_tools.py builds it")
+from tests.llama_tools import llama_tool
 
 
 def run_tool(model: Path, *arguments) -> str:
     """What the tool prints when it runs `model` on one thread."""
-    command = [TOOL, "-m", model, "-t", 1, *arguments]
+    command = [llama_tool("llama-perplexity"), "-m", model, "-t", 1, *arguments]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout + run.stderr

@@ -2,19 +2,15 @@
 
 import argparse
 
-import pytest
 from gguf_speed import MEASURES, print_table, run
-from llama_tools import cache_folder, installed_version
 
 from optrot_edge.exporters.gguf import export_gguf
 from tests.exporters.gguf_models import write_checkpoint
-
-needs_tools = pytest.mark.skipif(not (cache_folder(installed_version()) / "bin").is_dir(),
-                                 reason="llama-quantize is not built; benchmarks/llama_tools.py builds it")
+from tests.llama_tools import llama_tool
 
 
-@needs_tools
 def test_ours_and_stock_in_turns(tmp_path, capsys):
+    llama_tool("llama-quantize")
     export_gguf(write_checkpoint(tmp_path, "wide", "float32", "float32"), tmp_path / "m.gguf")
     options = argparse.Namespace(model=tmp_path / "m.gguf", work=tmp_path / "work", types=["q4_0", "q4_k"], prompt=32,
                                  decode=8, turns=3, threads=1, sdist=None)

@@ -15,7 +15,7 @@ from optrot_edge.runtime.kld_file import compress, cut_chunks, read_kld, write_k
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from optrot_edge.runtime.metrics import log_softmax
 from optrot_edge.runtime.torch_reference import TorchBackend
-from tests.llama_perplexity import compare_with, needs_tool, write_base
+from tests.llama_perplexity import compare_with, write_base
 from tests.runtime.byte_llama import TEXT, write_tiny
 from tests.runtime.test_evaluate import KEYS
 from tests.runtime.test_reference_file import Given, full_kl, random_case
@@ -218,7 +218,6 @@ def test_unusable_requests(tiny, tmp_path):
         write_kld(MADE_BY_TOOL / "r.kld", Given(logits), tokens, bos=None)
 
 
-@needs_tool
 def test_the_tool_reads_ours(tiny, noisy, tmp_path):
     """llama-perplexity, on a file from torch, finds the KL that our evaluation of the same positions finds."""
     write_reference_file(tiny, tmp_path / "r.kld", text=TEXT, window=64, windows=6)
@@ -230,7 +229,6 @@ def test_the_tool_reads_ours(tiny, noisy, tmp_path):
     assert ours["top1"] == pytest.approx(theirs["top1"], abs=1e-4)
 
 
-@needs_tool
 @pytest.mark.parametrize("n_ctx", [64, 77])
 def test_the_tools_is_ours(tiny, noisy, tmp_path, n_ctx):
     """The same library on the same text: the same codes, and its numbers from its own file."""
