@@ -210,11 +210,11 @@ class Comparison:
             scores = score_windows(runner, self.reference, self.tokens,
                                    lambda done, total, what: self.progress("evaluate", done, total, row.name))
         summary = scores.summary()
+        if self.journal.about("reference") is None:  # before the row, which is not measured again
+            self.journal.note("reference", {"ppl": summary["ppl_reference"], "ppl_se": summary["ppl_reference_se"]})
         self.journal.note(f"row {row.name}", {
             "status": "measured", **{name: summary.get(name) for name in SCORES},
             "window_kl": [float(kl) if np.isfinite(kl) else None for kl in scores.window_kl]})
-        if self.journal.about("reference") is None:
-            self.journal.note("reference", {"ppl": summary["ppl_reference"], "ppl_se": summary["ppl_reference_se"]})
 
     def _left(self) -> float | None:
         """Seconds left; None without a limit."""
