@@ -36,7 +36,7 @@ def make_case(path: Path) -> None:
 def summary_of(reference: Path, package: np.ndarray) -> dict:
     reference, scores = read_reference(reference), Scores()
     for window, logits in enumerate(package):
-        scores.add_truncated(reference, window, logits)
+        scores.add_from_file(reference, window, logits)
     summary = scores.summary()
     return {name: summary[name] for name in NAMES}
 
