@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from optrot_edge.errors import InputError
+from optrot_edge.journal import sha256
 
 # Words that every way of cutting a text cuts alike: other ids than the model's are another model's.
 WORDS = "The quick brown fox jumps over the lazy dog and then goes home"
@@ -18,6 +19,7 @@ TEXTS = (
     "我想在苹果工作1314151天～ 日本語のテスト。한국어 텍스트", "Привет, мир! Größe, naïve café",
     "😀👍🏽 👨‍👩‍👧‍👦 🇩🇪 ✅",
 )
+_checked: dict[tuple, list[str]] = {}  # an export checks before it quantises and again before it writes
 
 
 def check_vocabulary(entries, folder: Path, *, borrowed: bool) -> list[str]:
@@ -29,28 +31,39 @@ def check_vocabulary(entries, folder: Path, *, borrowed: bool) -> list[str]:
     """
     from optrot_edge.exporters.gguf_entries import write_entries
     from optrot_edge.runtime.imports import installed
-    from optrot_edge.runtime.llama_cpp import LlamaCppBackend
-    from optrot_edge.runtime.text import PROBE, HfTokenizer
 
     if not installed("llama_cpp"):
         return ["the vocabulary was not tried in llama.cpp, which is not installed"]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "vocabulary.gguf"
         write_entries(path, entries)
-        try:
-            backend = LlamaCppBackend(path, vocab_only=True)
-        except InputError as error:
-            raise InputError(str(error).replace(str(path), "--vocab-from" if borrowed else str(folder))) from None
-        with backend:
-            if not (folder / "tokenizer.json").is_file():
-                return []
-            if not installed("tokenizers"):
-                return ["the vocabulary was not compared with tokenizer.json: the package tokenizers is not installed"]
-            reference = HfTokenizer(folder)
-            differing = [text for text in (WORDS, *TEXTS, PROBE) for special in (False, True)
-                         if reference.tokenize(text, special=special) != backend.tokenize(
-                             text, add_bos=False, special=special)]
-            adds_bos = backend.adds_bos
+        files = path, folder / "tokenizer.json", folder / "tokenizer_config.json"
+        key = *(sha256(file) if file.is_file() else None for file in files), borrowed
+        if key not in _checked:
+            _checked[key] = _check(path, folder, borrowed)
+    return list(_checked[key])
+
+
+def _check(path: Path, folder: Path, borrowed: bool) -> list[str]:
+    """`check_vocabulary` for the file `path`."""
+    from optrot_edge.runtime.imports import installed
+    from optrot_edge.runtime.llama_cpp import LlamaCppBackend
+    from optrot_edge.runtime.text import PROBE, HfTokenizer
+
+    try:
+        backend = LlamaCppBackend(path, vocab_only=True)
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), "--vocab-from" if borrowed else str(folder))) from None
+    with backend:
+        if not (folder / "tokenizer.json").is_file():
+            return []
+        if not installed("tokenizers"):
+            return ["the vocabulary was not compared with tokenizer.json: the package tokenizers is not installed"]
+        reference = HfTokenizer(folder)
+        differing = [text for text in (WORDS, *TEXTS, PROBE) for special in (False, True)
+                     if reference.tokenize(text, special=special) != backend.tokenize(
+                         text, add_bos=False, special=special)]
+        adds_bos = backend.adds_bos
     if WORDS in differing and borrowed:
         raise InputError("--vocab-from: its token ids are not those of the model's tokenizer.json, not even on plain "
                          "words; pass a GGUF of this very model")
