@@ -27,8 +27,8 @@ from rotations import save
 from testbed import build_testbed
 
 from optrot_edge import pipeline
-from optrot_edge.exporters.onnx_rotations import sylvester
 from optrot_edge.runtime.onnx import OnnxBackend
+from optrot_edge.sylvester import kronecker_orders, sylvester
 
 WIDTHS, BLOCKS, ROWS, TURNS = (1536, 8960), (64, 128, 256), (1, 256), 101
 DECODE_BLOCKS, DECODE_TURNS = (64, 128, 256, 512), 15
@@ -57,8 +57,8 @@ def run(threads: int) -> list[dict]:
     rows = []
     for width in WIDTHS:
         for block in BLOCKS:
-            left = 1 << (block.bit_length() - 1) // 2
-            ways = {"one": session(width, 1, block, threads), "two": session(width, left, block // left, threads)}
+            ways = {"one": session(width, 1, block, threads),
+                    "two": session(width, *kronecker_orders(block), threads)}
             for count in ROWS:
                 x = np.random.default_rng(0).standard_normal((1, count, width)).astype(np.float32)
                 assert np.allclose(*(way.run(None, {"x": x})[0] for way in ways.values()), atol=1e-4)

@@ -83,6 +83,7 @@ class FolderPlan(PackagePlan):
     """
 
     metadata: ClassVar[dict[str, str]] = {"format": "pt"}  # of every safetensors file
+
     @abstractmethod
     def packed_entries(self, shape: tuple[int, ...], spec: GridSpec) -> dict[str, Entry]:
         """A quantised matrix's arrays by the suffix of their names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from optrot_edge.sylvester import kronecker_orders, sylvester
 
 ONE_MATRIX = 128  # largest Hadamard block that is one MatMul
 
@@ -56,15 +56,4 @@ class OnlineRotations:
 
 def hadamard_factors(block: int) -> tuple[int, int]:
     """Orders of the matrices that transform a block, from the left (1: none) and from the right."""
-    if block <= ONE_MATRIX:
-        return 1, block
-    left = 1 << (block.bit_length() - 1) // 2
-    return left, block // left
-
-
-def sylvester(order: int) -> np.ndarray:
-    """The orthogonal Walsh-Hadamard matrix [order, order], order a power of two."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < order:
-        matrix = np.kron([[1, 1], [1, -1]], matrix)
-    return (matrix / np.sqrt(order)).astype(np.float32)
+    return (1, block) if block <= ONE_MATRIX else kronecker_orders(block)

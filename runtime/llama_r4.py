@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from optrot_edge.errors import InputError
+from optrot_edge.sylvester import kronecker_orders, sylvester
 
 TENSOR = "ffn_swiglu"  # with "-" and the layer behind it: the input of ffn_down, as llama_graph's build_ffn names it
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
@@ -43,7 +44,7 @@ class R4Callback:
     def __init__(self, c, block: int, width: int, layers: int):
         self._ggml = _load_ggml(c)
         self._width, self._names = width, {f"{TENSOR}-{layer}".encode(): layer for layer in range(layers)}
-        self._left, self._right = _factors(block)
+        self._left, self._right = map(sylvester, kronecker_orders(block))
         self._counts = [0] * layers
         self._error: BaseException | None = None
         self._callback = c.ggml_backend_sched_eval_callback(self._eval)
@@ -98,20 +99,6 @@ def transform(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     left · X · right: two small products instead of a large one."""
     blocks = (x.reshape(-1, len(right)) @ right).reshape(-1, len(left), len(right))
     return (left @ blocks).reshape(-1)
-
-
-def _factors(block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised Sylvester matrices whose Kronecker product is that of order `block`."""
-    half = (block.bit_length() - 1) // 2
-    return _sylvester(half), _sylvester(block.bit_length() - 1 - half)
-
-
-def _sylvester(power: int) -> np.ndarray:
-    """[2^power, 2^power], orthogonal."""
-    matrix, step = np.ones((1, 1), np.float32), np.array([[1, 1], [1, -1]], np.float32)
-    for _ in range(power):
-        matrix = np.kron(step, matrix)
-    return matrix * np.float32(len(matrix) ** -0.5)
 
 
 def _load_ggml(c):

@@ -12,6 +12,7 @@ from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
 from optrot_edge.runtime.llama_cpp import LlamaCppBackend
 from optrot_edge.runtime.llama_library import load_library
 from optrot_edge.runtime.llama_r4 import R4Callback
+from optrot_edge.sylvester import kronecker_orders, sylvester
 from tests.cli_runner import run_ok
 from tests.tiny_models import random_tokens
 
@@ -50,7 +51,7 @@ def test_the_transform_is_sylvesters(block):
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     x = np.random.default_rng(0).standard_normal((3, 4, block)).astype(np.float32)
-    found = llama_r4.transform(x.reshape(-1), *llama_r4._factors(block)).reshape(x.shape)
+    found = llama_r4.transform(x.reshape(-1), *map(sylvester, kronecker_orders(block))).reshape(x.shape)
     np.testing.assert_allclose(found, x @ matrix / block**0.5, atol=2e-6)
 
 
