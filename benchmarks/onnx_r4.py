@@ -1,19 +1,15 @@
-"""What R4 costs in ONNX: one MatMul with a block's Hadamard matrix or two with its Kronecker factors, and of decoding.
+"""R4 in ONNX: one MatMul with a block's Hadamard matrix, or two with its Kronecker factors.
 
     python benchmarks/onnx_r4.py
 
-*Ways.* Reshape, MatMul (one or two), Reshape, as `exporters/onnx_rotations.py` draws it, in onnxruntime on the CPU,
-float32; medians over runs that take turns, in milliseconds, for a token and for a prompt of 256.
-
-*Decoding.* SmolLM2-135M, rounded to 4 bits in blocks of 32 at accuracy level 4, in onnxruntime-genai: the median token
-of 64 after a prompt of 64, with R4 in every layer and without, in turns; the ratio is the median over turns.
+Reshape, MatMul (one or two), Reshape, as `exporters/onnx_rotations.py` draws it, in onnxruntime on the CPU, float32;
+medians over runs that take turns, in milliseconds, for a token and for a prompt of 256. What R4 costs in a whole model
+is in `onnx_speed.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 from rotations import save
-from testbed import build_testbed
 
-from optrot_edge import pipeline
-from optrot_edge.runtime.onnx import OnnxBackend
 from optrot_edge.sylvester import kronecker_orders, sylvester
 
 WIDTHS, BLOCKS, ROWS, TURNS = (1536, 8960), (64, 128, 256), (1, 256), 101
-DECODE_BLOCKS, DECODE_TURNS = (64, 128, 256, 512), 15
 
 
 def session(width: int, left: int, right: int, threads: int) -> onnxruntime.InferenceSession:
@@ -74,42 +66,16 @@ def run(threads: int) -> list[dict]:
     return rows
 
 
-def decoding(work: Path) -> list[dict]:
-    """Milliseconds per token by block of R4; 0 is without."""
-    model = build_testbed(work / "testbed")
-    with tempfile.TemporaryDirectory(prefix="packages-", dir=work) as folder, contextlib.ExitStack() as stack:
-        running = {}
-        for block in (0, *DECODE_BLOCKS):
-            how = {"rotation": "hadamard", "rotate": "r4", "r4_block": block} if block else {"rotation": "none"}
-            pipeline.export(model, Path(folder) / str(block), format="onnx", group_size=32, quantizer="rtn",
-                            calibration="none", accuracy_level=4, **how)
-            running[block] = stack.enter_context(OnnxBackend(Path(folder) / str(block)))
-        times: dict[int, list[float]] = {block: [] for block in running}
-        for _ in range(DECODE_TURNS):
-            for block, backend in running.items():
-                times[block].append(1e3 / backend.speed(64, 64, 1)["decode_tokens_per_s"])
-    return [{"block": block, "ms": float(np.median(found)),
-             "to none": float(np.median(np.array(found) / np.array(times[0])))} for block, found in times.items()]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="model and packages (out/bench)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "onnx_r4.json")
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    found = {name: metadata.version(name) for name in ("onnxruntime", "onnxruntime-genai", "numpy")}
-    settings = {"threads": given.threads, "turns": TURNS, "decode_turns": DECODE_TURNS}
-    results = {"settings": settings, "versions": found, "rows": run(given.threads),
-               "decoding": decoding(given.work)}
+    found = {name: metadata.version(name) for name in ("onnxruntime", "numpy")}
+    results = {"settings": {"threads": given.threads, "turns": TURNS}, "versions": found, "rows": run(given.threads)}
     save(given.out, results)
     table = Table("d_ff", "block", "tokens", "one MatMul, ms", "two, ms", "two to one")
     for row in results["rows"]:
         table.add_row(*map(str, (row["width"], row["block"], row["tokens"])), f"{row['one']:.3f}", f"{row['two']:.3f}",
                       f"{row['two to one']:.2f}")
-    Console().print(table)
-    table = Table("R4 block", "ms per token", "to none")
-    for row in results["decoding"]:
-        table.add_row(str(row["block"] or "none"), f"{row['ms']:.2f}", f"{row['to none']:.3f}")
     Console().print(table)

@@ -1,11 +1,10 @@
-"""KL, bytes and speed of ONNX packages at equal bits and blocks: this project's against onnxruntime-genai's builder.
+"""KL and bytes of ONNX packages at equal bits and blocks: this project's against onnxruntime-genai's builder.
 
     python benchmarks/onnx_vs_builder.py --text wiki.test.raw
 
 *Model, text, score.* As in `rotations.py`: the dithered SmolLM2-135M, 96 × 256 calibration tokens, 32 × 256 evaluation
 tokens; KL(float ‖ package) in nats, by onnxruntime on the CPU, `MatMulNBits` with float activations (accuracy level
-0); `level4` is the same graph with int8 activations, on the first `--level4-windows`. Speed is onnxruntime-genai's
-greedy decoding at level 4, each arm beside `builder-default` of the same block in turn.
+0); `level4` is the same graph with int8 activations, on the first `--level4-windows`. Speed is in `onnx_speed.py`.
 
 *Arms.* `builder-default`, `builder-rtn`, `builder-k_quant`: the builder's own int4 methods on the float model; it keeps
 the embedding in float32 beside a quantised head. `-shared` after a name shares one int4 matrix between the two.
@@ -47,11 +46,32 @@ BUILDERS = [f"builder-{method}" for method in METHODS]
 OURS = {f"ours+{name}": fields for name, fields in (*ROTATIONS.items(), ("auto", {"rotation": "auto"}))}
 ARMS = [*BUILDERS, "builder-k_quant-shared", "ours+none", "ours+none-4bit", "ours+plus-r2", "ours+hadamard",
         "ours+optrot", "ours+none+r4", "ours+optrot+r4"]
-SPEED_TURNS = 5
 
 
 class PeerError(RuntimeError):
     """The builder cannot make this package."""
+
+
+def build_peer(method: str, block: int, grid: str, source: Path, out: Path, work: Path) -> None:
+    """onnxruntime-genai's own builder: the folder `source` to `out` by one of METHODS, or that and "-shared".
+
+    Raises PeerError when it fails.
+    """
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    shared, method = method.endswith("-shared"), method.removesuffix("-shared")
+    extra = [f"algo_config={method}", f"block_size={block}", f"is_symmetric={str(grid == 'sym').lower()}",
+             "accuracy_level=4", f"shared_embeddings={str(shared).lower()}",
+             *(["op_types_to_quantize=MatMul/Gather"] * shared)]
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory(dir=work) as cache, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        arguments = ("", str(source), str(out), "int4", "cpu", cache)
+        extra = parse_extra_options(*arguments, extra)
+        try:
+            create_model(*arguments, **extra)
+        except Exception as error:  # whatever a method of its runs into
+            raise PeerError(f"{type(error).__name__}: {error}") from error
 
 
 class Bench(PackageBench):
@@ -63,7 +83,7 @@ class Bench(PackageBench):
         if out.exists():
             return out
         if arm.startswith("builder-"):
-            self._build(arm.removeprefix("builder-"), block, grid, out)
+            build_peer(arm.removeprefix("builder-"), block, grid, self.float_folder(), out, self.work)
             return out
         options, name = self.options, arm.removesuffix("+r4").removesuffix("-4bit")
         if name not in OURS:
@@ -76,25 +96,6 @@ class Bench(PackageBench):
                         head_type="4bit" if "-4bit" in arm else None, calibration=str(self.calibration),
                         nsamples=options.nsamples, seqlen=options.seqlen, accuracy_level=4, **fields)
         return out
-
-    def _build(self, method: str, block: int, grid: str, out: Path) -> None:
-        """onnxruntime-genai's own builder."""
-        from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-        shared, method = method.endswith("-shared"), method.removesuffix("-shared")
-        extra = [f"algo_config={method}", f"block_size={block}", f"is_symmetric={str(grid == 'sym').lower()}",
-                 "accuracy_level=4", f"shared_embeddings={str(shared).lower()}",
-                 *(["op_types_to_quantize=MatMul/Gather"] * shared)]
-        logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
-        source = str(self.float_folder())
-        with tempfile.TemporaryDirectory(dir=self.work) as cache, contextlib.redirect_stdout(io.StringIO()), \
-                contextlib.redirect_stderr(io.StringIO()):
-            arguments = ("", source, str(out), "int4", "cpu", cache)
-            extra = parse_extra_options(*arguments, extra)
-            try:
-                create_model(*arguments, **extra)
-            except Exception as error:  # whatever a method of its runs into
-                raise PeerError(f"{type(error).__name__}: {error}") from error
 
     def measure(self, arm: str, block: int, grid: str) -> dict:
         """One row of the results."""
@@ -111,18 +112,7 @@ class Bench(PackageBench):
         size = sum(path.stat().st_size for path in package.rglob("*.onnx*"))
         return {"arm": arm, "block": block, "grid": grid, "bytes": size, **rows[0],
                 "kl_standard_error": standard_error(rows[0]["kl_windows"]), "level4": rows[4],
-                "decode_to_builder": self.speed(package, block, grid), "seconds": round(made - started, 1)}
-
-    def speed(self, package: Path, block: int, grid: str) -> dict:
-        """Decoding speed, and its ratio to the builder's default package, turn and turn about."""
-        peer, found = self.make("builder-default", block, grid), {"package": [], "peer": []}
-        for _ in range(SPEED_TURNS):
-            for name, path in (("peer", peer), ("package", package)):
-                with OnnxBackend(path) as backend:
-                    found[name].append(backend.speed(64, 64, 1)["decode_tokens_per_s"])
-        ratios = np.array(found["package"]) / np.array(found["peer"])
-        return {"tokens_per_s": float(np.median(found["package"])), "ratio": float(np.median(ratios)),
-                "low": float(ratios.min()), "high": float(ratios.max())}
+                "seconds": round(made - started, 1)}
 
 
 def ratios(rows: list[dict]) -> dict:
@@ -132,8 +122,7 @@ def ratios(rows: list[dict]) -> dict:
                        key=lambda row: row["kl"], default=None) for block in {row["block"] for row in rows}}
     found: dict = {}
     for row in rows:
-        entry = {"bytes": row["bytes"], "kl": row["kl"], "kl_level4": row["level4"]["kl"], "top1": row["top1"],
-                 "decode": row["decode_to_builder"]}
+        entry = {"bytes": row["bytes"], "kl": row["kl"], "kl_level4": row["level4"]["kl"], "top1": row["top1"]}
         if (peer := best[row["block"]]) is not None:
             entry["to the builder's best"] = bootstrap_ratio(np.array([row["kl_windows"]]),
                                                              np.array(peer["kl_windows"]))
@@ -151,14 +140,13 @@ def run(options: argparse.Namespace) -> dict:
 
 def print_table(results: dict) -> None:
     """Sizes, KL and ratios, best last."""
-    table = Table("block, grid", "arm", "MB", "KL", "level 4", "top-1", "to builder's best (95 %)", "decode")
+    table = Table("block, grid", "arm", "MB", "KL", "level 4", "top-1", "to builder's best (95 %)")
     for case, arms in sorted(results["ratios"].items()):
         for arm, entry in sorted(arms.items(), key=lambda item: -item[1]["kl"]):
             ratio = entry.get("to the builder's best")
             table.add_row(case, arm, f"{entry['bytes'] / 1e6:.1f}", f"{entry['kl']:.4f}", f"{entry['kl_level4']:.4f}",
                           f"{entry['top1']:.1%}",
-                          f"{ratio['ratio']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})" if ratio else "",
-                          f"{entry['decode']['ratio']:.2f}")
+                          f"{ratio['ratio']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})" if ratio else "")
             case = ""
     for row in results["rows"]:
         if "failed" in row:
