@@ -2,9 +2,9 @@
 
     python benchmarks/onnx_speed.py
 
-*Models.* SmolLM2-135M (`testbed.py`), and random weights of half of Llama-3.2-1B's layers (8 of 2048 × 8192) under
-SmolLM2's vocabulary. 4 bits in blocks of 32 with zero-points, accuracy level 4, rounded to nearest: speed depends on
-types and operators, not on codes.
+*Models.* SmolLM2-135M (`testbed.py`), and, for fewer arms, random weights of half of Llama-3.2-1B's layers (8 of
+2048 × 8192) under SmolLM2's vocabulary. 4 bits in blocks of 32 with zero-points, accuracy level 4, rounded to nearest:
+speed depends on types and operators, not on codes.
 
 *Arms.* `none`: ours, its tied matrix in 8 bits; `again`: a second copy, which shows how far equal packages seem apart;
 `4bit-head`: all of it in 4 bits; `r4-64` ... `r4-512`: R4 in blocks of so many; `r1r2`: the head read through a matrix.
@@ -41,6 +41,7 @@ R4_BLOCKS = (64, 128, 256, 512)
 OURS = {"none": {}, "again": {}, "4bit-head": {"head_type": "4bit"}, "r1r2": {"rotation": "hadamard"}} | {
     f"r4-{block}": {"rotation": "hadamard", "rotate": "r4", "r4_block": block} for block in R4_BLOCKS}
 PEERS = {"builder": "default", "builder-shared": "k_quant-shared"}
+WIDE_ARMS = ("none", "again", "r4-64", "r4-256", "builder")
 PROMPT, TURN, TURNS = 64, 8, 8
 WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64}
@@ -73,15 +74,16 @@ def widen(folder: Path) -> Path:
     return folder
 
 
-def measure(name: str, source: Path, work: Path, loads: int) -> list[dict]:
+def measure(name: str, source: Path, arms: tuple[str, ...], work: Path, loads: int) -> list[dict]:
     """Rows of one model: bytes, milliseconds per token, and ratios to `none`."""
     with tempfile.TemporaryDirectory(prefix="packages-", dir=work) as folder:
-        packages = {arm: Path(folder) / arm for arm in (*OURS, *PEERS)}
-        for arm, how in OURS.items():
-            pipeline.export(source, packages[arm], format="onnx", group_size=32, quantizer="rtn", calibration="none",
-                            accuracy_level=4, **({"rotation": "none"} | how))
-        for arm, method in PEERS.items():
-            build_peer(method, 32, "zero", source, packages[arm], work)
+        packages = {arm: Path(folder) / arm for arm in arms}
+        for arm, out in packages.items():
+            if arm in PEERS:
+                build_peer(PEERS[arm], 32, "zero", source, out, work)
+            else:
+                pipeline.export(source, out, format="onnx", group_size=32, quantizer="rtn", calibration="none",
+                                accuracy_level=4, **({"rotation": "none"} | OURS[arm]))
         order = np.random.default_rng(0)
         found = [one_load({arm: packages[arm] for arm in order.permutation(list(packages))}) for _ in range(loads)]
         sizes = {arm: sum(path.stat().st_size for path in packages[arm].rglob("*.onnx*")) for arm in packages}
@@ -138,18 +140,18 @@ def print_table(results: dict) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loads", type=int, default=12)
+    parser.add_argument("--loads", type=int, default=12, help="of SmolLM2; half as many of the other (12)")
     parser.add_argument("--work", type=Path, default=Path("out/bench"), help="model and packages (out/bench)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "onnx_speed.json")
     given = parser.parse_args()
     testbed = build_testbed(given.work / "testbed")
+    results = {"settings": {"loads": given.loads, "prompt": PROMPT, "tokens": TURN * TURNS,
+                            "processor": platform.processor() or platform.machine()},
+               "versions": {name: metadata.version(name) for name in ("onnxruntime", "onnxruntime-genai")}, "rows": []}
     with tempfile.TemporaryDirectory(prefix="float-", dir=given.work) as scratch:
-        sources = {"SmolLM2-135M": float_folder(testbed, Path(scratch) / "smollm2"),
-                   "2048 x 8192, 8 layers": widen(float_folder(testbed, Path(scratch) / "wide"))}
-        results = {"settings": {"loads": given.loads, "prompt": PROMPT, "tokens": TURN * TURNS,
-                                "processor": platform.processor() or platform.machine()},
-                   "versions": {name: metadata.version(name) for name in ("onnxruntime", "onnxruntime-genai")},
-                   "rows": [row for name, source in sources.items()
-                            for row in measure(name, source, given.work, given.loads)]}
+        source = float_folder(testbed, Path(scratch) / "model")
+        results["rows"] += measure("SmolLM2-135M", source, (*OURS, *PEERS), given.work, given.loads)
+        print_table(results)
+        results["rows"] += measure("2048 × 8192, 8 layers", widen(source), WIDE_ARMS, given.work, given.loads // 2)
     save(given.out, results)
     print_table(results)
