@@ -96,9 +96,11 @@ class R4Callback:
 
 def transform(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Contiguous float32 [n] times kron(left, right) by blocks; both symmetric, so that a block X as a matrix becomes
-    left · X · right: two small products instead of a large one."""
-    blocks = (x.reshape(-1, len(right)) @ right).reshape(-1, len(left), len(right))
-    return (left @ blocks).reshape(-1)
+    left · X · right: two small products instead of a large one.
+
+    Block by block, because one product of all rows makes the BLAS start threads, which then fight llama.cpp's.
+    """
+    return (left @ x.reshape(-1, len(left), len(right)) @ right).reshape(-1)
 
 
 def _load_ggml(c):
