@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as genai
 from onnx_vs_builder import build_peer
+from package_bench import float_folder
 from rich.console import Console
 from rich.table import Table
 from rotations import save
@@ -40,13 +41,6 @@ OURS = {"none": {}, "again": {}, "4bit-head": {"head_type": "4bit"}, "r1r2": {"r
     f"r4-{block}": {"rotation": "hadamard", "rotate": "r4", "r4_block": block} for block in R4_BLOCKS}
 PEERS = {"builder": "default", "builder-shared": "k_quant-shared"}
 PROMPT, PROMPTS, TURN, TURNS = 64, 5, 8, 8
-
-
-def float_folder(testbed: Path, folder: Path) -> Path:
-    """The testbed as a Hugging Face folder in float32, from which the builder starts."""
-    pipeline.export(testbed, folder, format="mlx", type="f32", embedding_type="f32", head_type="f32", dtype="float32",
-                    rotation="none", quantizer="rtn", calibration="none")
-    return folder
 
 
 def measure(source: Path, work: Path, loads: int) -> list[dict]:

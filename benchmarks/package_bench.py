@@ -41,12 +41,16 @@ class PackageBench:
                          "nsamples": options.nsamples, **more}
 
     def float_folder(self) -> Path:
-        """The model as the float32 folder that peers start from."""
+        """The model as the folder that peers start from, made once."""
         out = Path(self.folder.name) / "float"
-        if not out.exists():
-            pipeline.export(self.model, out, format="mlx", type="f32", embedding_type="f32", head_type="f32",
-                            dtype="float32", rotation="none", quantizer="rtn", calibration="none")
-        return out
+        return out if out.exists() else float_folder(self.model, out)
+
+
+def float_folder(model: Path, out: Path) -> Path:
+    """The model as a Hugging Face folder in float32."""
+    pipeline.export(model, out, format="mlx", type="f32", embedding_type="f32", head_type="f32", dtype="float32",
+                    rotation="none", quantizer="rtn", calibration="none")
+    return out
 
 
 def measure_missing(bench: PackageBench, keys: tuple[str, ...], cases, libraries: tuple[str, ...], ratios) -> dict:
