@@ -8,13 +8,16 @@ The dithered testbed (`testbed.py`) stands for the float model. GPTQ on 512 × 2
 paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solver polar` is the fast one. Without
 `--calibration` the text is cut in two as `texts.py` does.
 
-The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. What tables need
-of it is written to `--out`, and from that the part of docs/paper.md between the marks; `--write` does only that.
+The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. Its journal, with
+all that is measured, is kept in `--journal` too, from which a run without that folder goes on: on another machine, or
+for the figures alone. What tables need is written to `--out`, and from that the part of docs/paper.md between the
+marks; `--write` does only that.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import statistics
 from pathlib import Path
@@ -26,6 +29,7 @@ from texts import load_text
 from optrot_edge.compare.arms import ACTIVATIONS, ARMS
 from optrot_edge.compare.comparison import compare
 from optrot_edge.compare.tables import COLUMNS, about, tables
+from optrot_edge.journal import JOURNAL, commit
 from optrot_edge.terminal import Reporter, print_comparison
 
 HERE = Path(__file__).resolve().parent
@@ -44,11 +48,31 @@ def measure(options: argparse.Namespace) -> dict:
     fields = {"calibration": options.calibration or str(files["calibration"]), "nsamples": options.nsamples,
               "seqlen": 256, "damp": 0.01, "r4_block": 512, "optrot_solver": options.solver, "seed": options.seed,
               "device": options.device}
-    with Reporter() as reporter:
-        return compare(build_testbed(options.work / "testbed"), options.work / "paper", text=str(files["evaluation"]),
-                       rotations=options.rotations.split(","), bits=[4, 3], group_size=192, quantizers=["gptq", "rtn"],
-                       activations=list(ACTIVATIONS), online="both", windows=options.windows, window=256,
-                       max_minutes=options.max_minutes, fields=fields, progress=reporter.update)
+    folder = options.work / "paper"
+    restore_journal(options.journal, folder)
+    try:
+        with Reporter() as reporter:
+            return compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]),
+                           rotations=options.rotations.split(","), bits=[4, 3], group_size=192,
+                           quantizers=["gptq", "rtn"], activations=list(ACTIVATIONS), online=options.online,
+                           windows=options.windows, window=256, max_minutes=options.max_minutes, fields=fields,
+                           progress=reporter.update)
+    finally:
+        keep_journal(folder, options.journal)
+
+
+def restore_journal(archive: Path, folder: Path) -> None:
+    """Have the comparison in `folder` go on where `archive` ends, unless it is further itself."""
+    if archive.is_file() and not (folder / JOURNAL).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        commit(folder / JOURNAL, lambda partial: partial.write_bytes(gzip.decompress(archive.read_bytes())))
+
+
+def keep_journal(folder: Path, archive: Path) -> None:
+    """Compress what `folder` has measured so far to `archive`, equal journals to equal bytes."""
+    if (folder / JOURNAL).exists():
+        packed = gzip.compress((folder / JOURNAL).read_bytes(), mtime=0)
+        commit(archive, lambda partial: partial.write_bytes(packed))
 
 
 def shortened(results: dict) -> dict:
@@ -86,6 +110,7 @@ def main() -> None:
     parser.add_argument("--text", help="text to evaluate on (default: WikiText-2)")
     parser.add_argument("--calibration", help="text to calibrate on (default: the last 30 %% of --text)")
     parser.add_argument("--rotations", default=",".join(ARMS), help="arms, with commas (default: all there are)")
+    parser.add_argument("--online", default="both", choices=("no", "yes", "both"))
     parser.add_argument("--solver", default="cayley", choices=("cayley", "polar"))
     parser.add_argument("--nsamples", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
@@ -94,6 +119,7 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, help="leave out what would not end within this")
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "paper_tables.json")
+    parser.add_argument("--journal", type=Path, default=HERE / "results" / "paper_tables.journal.json.gz")
     parser.add_argument("--write", action="store_true", help="write the document from --out; measure nothing")
     options = parser.parse_args()
     if not options.write:

@@ -10,7 +10,9 @@ import paper_tables
 import pytest
 
 from optrot_edge.compare.comparison import compare
+from optrot_edge.compare.run import Comparison
 from optrot_edge.compare.tables import tables
+from optrot_edge.journal import JOURNAL
 from tests.compare.conftest import options
 from tests.road import save_model
 
@@ -33,6 +35,23 @@ def test_the_document_holds_the_rows(text, tmp_path):
         assert said == f"before\n{paper_tables.BEGIN}\n{paper_tables.written(kept)}\n{paper_tables.END}\nafter\n"
     for row in tables(found)[0]["cells"]:
         assert "| " + " | ".join(row) + " |" in said
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+def test_a_journal_goes_on_in_another_folder(text, tmp_path, monkeypatch):
+    model, archive, other = save_model(tmp_path / "model", "smollm2"), tmp_path / "journal.json.gz", tmp_path / "other"
+    found = compare(model, tmp_path / "out", text="builtin", **options(text))
+    paper_tables.keep_journal(tmp_path / "out", archive)
+    packed = archive.read_bytes()
+    paper_tables.restore_journal(archive, other)
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_measure", lambda *_: pytest.fail("measured again"))
+        assert compare(model, other, text="builtin", **options(text)) == found
+    paper_tables.keep_journal(other, archive)
+    assert archive.read_bytes() == packed
+    (other / JOURNAL).write_text("further")
+    paper_tables.restore_journal(archive, other)
+    assert (other / JOURNAL).read_text() == "further"
 
 
 def test_the_repositorys_document_says_what_was_measured():
