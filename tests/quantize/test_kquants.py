@@ -10,7 +10,7 @@ import libgguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from optrot_edge.checkpoint import GGUF_GRIDS
@@ -80,6 +80,7 @@ def test_synthetic_weights_lose_less_than_with_ggml(name, shape):
 @pytest.mark.parametrize("name", TABLES)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-6, 3), dead=st.booleans())
+@example(seed=17551, exponent=-5, dead=False)  # sparse, the least step too long
 def test_any_weights_round_to_finite_stored_levels(name, seed, exponent, dead):
     """Constant, zero, one-sided and sparse blocks, and columns without importance: finite, idempotent, packable, and no
     worse than rounding everything to zero."""
@@ -95,8 +96,8 @@ def test_any_weights_round_to_finite_stored_levels(name, seed, exponent, dead):
     assert decoded.isfinite().all()
     assert torch.equal(grid.decode(grid.round(decoded, params), params), decoded)
     np.testing.assert_array_equal(grid.pack(codes, params).decode(), decoded.numpy())
-    error = (importance * (decoded - weight).square()).sum(1)
-    assert (error <= (importance * weight.square()).sum(1) * (1 + 1e-6)).all()
+    a = importance * (4 * weight.square().mean(1, keepdim=True) + weight.square()).sqrt()  # what the fit minimises by
+    assert ((a * (decoded - weight).square()).sum(1) <= (a * weight.square()).sum(1) * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("name", [*TABLES, "q4_0", "q4_1"])

@@ -155,8 +155,9 @@ def test_rope_outside_of_attention(genai, tmp_path, monkeypatch):
 
 
 def test_graphs_that_keep_the_last_logits_only(genai):
-    folder = genai("llama", "int4", prune_lm_head="true")[1]
-    np.testing.assert_allclose(logits(folder), logits(genai("llama", "int4")[1]), atol=1e-5)
+    """In float: a last bit more or less in one path's activations may round to another int8."""
+    folders = genai("llama", "int4", prune_lm_head="true")[1], genai("llama", "int4")[1]
+    np.testing.assert_allclose(*(logits(folder, accuracy_level=0) for folder in folders), atol=1e-5)
 
 
 @pytest.mark.parametrize("windowed", ["true", "false"])
