@@ -92,9 +92,10 @@ class Bench(PackageBench):
         if arm.endswith("+r4"):
             fields = {"rotation": fields["rotation"].replace("none", "hadamard"),
                       "rotate": "r4" if fields["rotation"] == "none" else f"{fields.get('rotate', 'r1,r2')},r4"}
+        windows = options.nsamples * 8 // 9 if fields["rotation"] == "auto" else options.nsamples  # it holds out more
         pipeline.export(self.model, out, format="onnx", group_size=block, symmetric=grid == "sym",
                         head_type="4bit" if "-4bit" in arm else None, calibration=str(self.calibration),
-                        nsamples=options.nsamples, seqlen=options.seqlen, accuracy_level=4, **fields)
+                        nsamples=windows, seqlen=options.seqlen, accuracy_level=4, **fields)
         return out
 
     def measure(self, arm: str, block: int, grid: str) -> dict:
