@@ -83,8 +83,8 @@ def test_ostquant_takes_the_quantised_model_nearer_to_the_original(source, token
         got = forward.logits(model, others, activations=8).log_softmax(-1)
         return float(torch.nn.functional.kl_div(got, want, log_target=True, reduction="none").sum(-1).mean())
 
-    learned = learn(source, tokens, "ostquant", steps=40, tokens=1024, scale_lr=0.04)
-    assert kl(learned) < 0.97 * kl(start_of(source))  # 0.84 to 0.92 over seeds
+    learned = learn(source, tokens, "ostquant", steps=80, tokens=1024, scale_lr=0.04)
+    assert kl(learned) < 0.92 * kl(start_of(source))
 
 
 @pytest.mark.parametrize("name", ["spinquant-a4", "ostquant"])
@@ -92,6 +92,8 @@ def test_the_same_seed_gives_the_same_bits(source, tokens, name):
     first, again, other = (learn(source, tokens, name, seed=seed, steps=3) for seed in (0, 0, 1))
     assert torch.equal(first.r1, again.r1) and torch.equal(first.r2, again.r2) and first.recipe == again.recipe
     assert first.recipe["loss_curve"] != other.recipe["loss_curve"]
+    if first.recipe["kept"] or other.recipe["kept"]:  # else both are the start
+        assert not torch.equal(first.r1, other.r1)
 
 
 def test_checkpointing_changes_nothing(source, tokens, monkeypatch):
