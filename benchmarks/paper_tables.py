@@ -20,6 +20,7 @@ import argparse
 import gzip
 import json
 import statistics
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,7 @@ from texts import load_text
 from optrot_edge.compare.arms import ACTIVATIONS, ARMS
 from optrot_edge.compare.comparison import compare
 from optrot_edge.compare.tables import COLUMNS, about, tables
+from optrot_edge.errors import InputError
 from optrot_edge.journal import JOURNAL, commit
 from optrot_edge.terminal import Reporter, print_comparison
 
@@ -123,7 +125,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the document from --out; measure nothing")
     options = parser.parse_args()
     if not options.write:
-        found = measure(options)
+        try:
+            found = measure(options)
+        except InputError as error:
+            sys.exit(f"error: {error}")
         options.out.write_text(json.dumps(shortened(found), indent=1) + "\n", encoding="utf-8")
         print_comparison(found, options.work / "paper")
     write_document(json.loads(options.out.read_text(encoding="utf-8")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from optrot_edge.compare.arms import ACTIVATIONS, ARMS, Arm
 from optrot_edge.errors import InputError
@@ -124,12 +125,12 @@ class CompareOptions:
         return PLAIN | self.fields | {"type": self.type(build.bits), "quantizer": build.quantizer} | text
 
     def settings(self, fields: dict, text_sha256: str) -> dict:
-        """What all rows share, for a fingerprint; `fields` are a Recipe's."""
+        """What all rows share, for a fingerprint that has the texts by content; `fields` are a Recipe's."""
         own = {"group_size": self.group_size, "grid": self.grid, "windows": self.windows, "window": self.window,
                "text": text_sha256, "mu_h": self.mu_h}
         dropped = {"type", "rotation", "rotate", "quantizer", "optrot_objective"}
         return {name: value for name, value in fields.items() if name not in dropped} | {
-            "rotate": self.fields.get("rotate", "r1,r2")} | own
+            "calibration": Path(fields["calibration"]).name, "rotate": self.fields.get("rotate", "r1,r2")} | own
 
     def recorded(self) -> dict:
         """JSON of the lists that make the rows."""

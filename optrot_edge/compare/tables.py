@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from pathlib import Path
 
 import numpy as np
 
@@ -109,7 +108,7 @@ def about(results: dict) -> list[str]:
     """What all rows share, in sentences."""
     shared = results["settings"]["recipe"]
     order = "act-order" if shared["act_order"] else "stored order"
-    said = [f"Calibration: {shared['nsamples']} × {shared['seqlen']} tokens of {Path(shared['calibration']).name}; "
+    said = [f"Calibration: {shared['nsamples']} × {shared['seqlen']} tokens of {shared['calibration']}; "
             f"GPTQ with damping {shared['damp']:g}, {order}; rounding to nearest sees no text. Embedding and head stay "
             "float16."]
     scored = next((row for row in results["rows"] if row["status"] == "measured"), None)

@@ -175,6 +175,14 @@ def test_lists_may_grow_and_nothing_is_measured_twice(uneven, words, text, tmp_p
         "hadamard-w4-gptq-a16"}
 
 
+def test_texts_may_be_moved(uneven, words, text, copied, made, tmp_path):
+    moved = [shutil.copy(file, tmp_path) for file in (words, text)]
+    out, calls = copied(made[0]), []
+    found = run(uneven, *moved, out, progress=lambda *call: calls.append(call))
+    assert all(row["status"] == "measured" for row in found["rows"])
+    assert not [call for call in calls if call[0] == "evaluate"]
+
+
 @pytest.mark.parametrize(("changes", "says"), [
     ({"fields": {"damp": 0.1}}, "--damp was 0.01, now it is 0.1"),
     ({"fields": {"seed": 1}}, "--seed was 0, now it is 1"),
