@@ -117,16 +117,20 @@ class Bench(PackageBench):
 
 
 def ratios(rows: list[dict]) -> dict:
-    """By block and grid, arm: bytes, KL, and its ratio to the builder's best of the same block, either grid."""
+    """By block and grid, arm: bytes, KL, and its ratio to the builder's best of the same block, either grid, and
+    of ours to the same not rotated."""
     rows = [row for row in rows if row["kl"] is not None]
     best = {block: min((row for row in rows if row["block"] == block and row["arm"] in BUILDERS),
                        key=lambda row: row["kl"], default=None) for block in {row["block"] for row in rows}}
+    plain = {(row["block"], row["grid"]): row for row in rows if row["arm"] == "ours+none"}
     found: dict = {}
     for row in rows:
         entry = {"bytes": row["bytes"], "kl": row["kl"], "kl_level4": row["level4"]["kl"], "top1": row["top1"]}
-        if (peer := best[row["block"]]) is not None:
-            entry["to the builder's best"] = bootstrap_ratio(np.array([row["kl_windows"]]),
-                                                             np.array(peer["kl_windows"]))
+        peers = {"to the builder's best": best[row["block"]]}
+        if row["arm"].startswith("ours+"):
+            peers["to ours, not rotated"] = plain.get((row["block"], row["grid"]))
+        entry |= {name: bootstrap_ratio(np.array([row["kl_windows"]]), np.array(peer["kl_windows"]))
+                  for name, peer in peers.items() if peer is not None}
         found.setdefault(f"{row['block']} {row['grid']}", {})[row["arm"]] = entry
     return found
 
