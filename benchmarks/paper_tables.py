@@ -10,8 +10,8 @@ paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solv
 
 The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. Its journal, with
 all that is measured, is kept in `--journal` too, from which a run without that folder goes on: on another machine, or
-for the figures alone. What tables need is written to `--out`, and from that the part of docs/paper.md between the
-marks; `--write` does only that.
+for the figures alone. What tables need is written to `--out`, of a run that was stopped what there is; and from that
+the part of docs/paper.md between the marks; `--write` does only that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from testbed import build_testbed
 from texts import load_text
 
 from optrot_edge.compare.arms import ACTIVATIONS, ARMS
-from optrot_edge.compare.comparison import compare
+from optrot_edge.compare.comparison import RESULTS, compare
 from optrot_edge.compare.tables import COLUMNS, about, tables
 from optrot_edge.errors import InputError
 from optrot_edge.journal import JOURNAL, commit
@@ -40,8 +40,8 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 QUANTITIES = ("mu_w", "mu_h", "mu_w_mu_h", "tr_d_over_tr_h")
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """Run or finish the comparison; returns what `compare` does."""
+def measure(options: argparse.Namespace) -> None:
+    """Run or finish the comparison; what is measured is kept in `--journal` and `--out`, even when it is stopped."""
     options.work.mkdir(parents=True, exist_ok=True)
     text = load_text(options.text)
     files = {"evaluation": options.work / "paper-evaluation.txt", "calibration": options.work / "paper-calibration.txt"}
@@ -54,13 +54,15 @@ def measure(options: argparse.Namespace) -> dict:
     restore_journal(options.journal, folder)
     try:
         with Reporter() as reporter:
-            return compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]),
-                           rotations=options.rotations.split(","), bits=[4, 3], group_size=192,
-                           quantizers=["gptq", "rtn"], activations=list(ACTIVATIONS), online=options.online,
-                           windows=options.windows, window=256, max_minutes=options.max_minutes, fields=fields,
-                           progress=reporter.update)
+            compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]),
+                    rotations=options.rotations.split(","), bits=[4, 3], group_size=192, quantizers=["gptq", "rtn"],
+                    activations=list(ACTIVATIONS), online=options.online, windows=options.windows, window=256,
+                    max_minutes=options.max_minutes, fields=fields, progress=reporter.update)
     finally:
         keep_journal(folder, options.journal)
+        if (folder / RESULTS).exists():
+            found = shortened(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def restore_journal(archive: Path, folder: Path) -> None:
@@ -86,9 +88,11 @@ def shortened(results: dict) -> dict:
 
 
 def written(results: dict) -> str:
-    """What stands between the marks of the document."""
+    """What stands between the marks of the document: tables of which a row is measured."""
     lines = [f"{line}  " for line in about(results)]
     for table in tables(results):
+        if all(row["status"] != "measured" for row in table["rows"]):
+            continue
         lines += ["", f"### {table['title']}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(row) + " |" for row in table["cells"]]
         lines += [""] * bool(table["notes"]) + [f"* {note}" for note in table["notes"]]
@@ -126,12 +130,12 @@ def main() -> None:
     options = parser.parse_args()
     if not options.write:
         try:
-            found = measure(options)
+            measure(options)
         except InputError as error:
             sys.exit(f"error: {error}")
-        options.out.write_text(json.dumps(shortened(found), indent=1) + "\n", encoding="utf-8")
-        print_comparison(found, options.work / "paper")
-    write_document(json.loads(options.out.read_text(encoding="utf-8")))
+    results = json.loads(options.out.read_text(encoding="utf-8"))
+    write_document(results)
+    print_comparison(results, options.work / "paper")
     Console().print(f"written to {DOCUMENT}")
 
 
