@@ -10,8 +10,8 @@ paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solv
 
 The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. Its journal, with
 all that is measured, is kept in `--journal` too, from which a run without that folder goes on: on another machine, or
-for the figures alone. What tables need is written to `--out`, of a run that was stopped what there is; and from that
-the part of docs/paper.md between the marks; `--write` does only that.
+for the figures alone. What tables need is written to `--out`, also what there is of a run that Ctrl-C stopped; and
+from that the part of docs/paper.md between the marks; `--write` does only that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rotations import save
 from testbed import build_testbed
 from texts import load_text
 
@@ -41,7 +42,7 @@ QUANTITIES = ("mu_w", "mu_h", "mu_w_mu_h", "tr_d_over_tr_h")
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run or finish the comparison; what is measured is kept in `--journal` and `--out`, even when it is stopped."""
+    """Run or finish the comparison; what is measured is kept in `--journal` and `--out`, even when Ctrl-C stops it."""
     options.work.mkdir(parents=True, exist_ok=True)
     text = load_text(options.text)
     files = {"evaluation": options.work / "paper-evaluation.txt", "calibration": options.work / "paper-calibration.txt"}
@@ -62,7 +63,7 @@ def measure(options: argparse.Namespace) -> None:
         keep_journal(folder, options.journal)
         if (folder / RESULTS).exists():
             found = shortened(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
-            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            save(options.out, found)
 
 
 def restore_journal(archive: Path, folder: Path) -> None:

@@ -57,6 +57,24 @@ def test_a_journal_goes_on_in_another_folder(text, tmp_path, monkeypatch):
     assert (other / JOURNAL).read_text() == "further"
 
 
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+def test_what_was_measured_before_ctrl_c_is_kept(text, tmp_path, monkeypatch):
+    def stopped(model, folder, **_):
+        compare(model, folder, text="builtin", **options(text))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(paper_tables, "compare", stopped)
+    monkeypatch.setattr(paper_tables, "build_testbed", lambda _: save_model(tmp_path / "model", "smollm2"))
+    out, archive = tmp_path / "out.json", tmp_path / "journal.json.gz"
+    monkeypatch.setattr("sys.argv", ["paper_tables.py", "--text", text, "--work", str(tmp_path / "work"), "--out",
+                                     str(out), "--journal", str(archive)])
+    with pytest.raises(KeyboardInterrupt):
+        paper_tables.main()
+    assert all(row["status"] == "measured" for row in json.loads(out.read_text())["rows"])
+    paper_tables.restore_journal(archive, tmp_path / "other")
+    assert (tmp_path / "other" / JOURNAL).read_bytes() == (tmp_path / "work" / "paper" / JOURNAL).read_bytes()
+
+
 def test_the_repositorys_document_says_what_was_measured():
     """Nothing before there is a measurement, and then that."""
     said = DOCUMENT.read_text().partition(f"{paper_tables.BEGIN}\n")[2].partition(f"\n{paper_tables.END}")[0]
