@@ -56,14 +56,22 @@ def measure(options: argparse.Namespace) -> None:
     try:
         with Reporter() as reporter:
             compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]),
-                    rotations=options.rotations.split(","), bits=[4, 3], group_size=192, quantizers=["gptq", "rtn"],
-                    activations=list(ACTIVATIONS), online=options.online, windows=options.windows, window=256,
-                    max_minutes=options.max_minutes, fields=fields, progress=reporter.update)
+                    rotations=options.rotations.split(","), bits=_numbers(options.bits), group_size=192,
+                    quantizers=options.quantizers.split(","), activations=_numbers(options.activations),
+                    online=options.online, windows=options.windows, window=256, max_minutes=options.max_minutes,
+                    fields=fields, progress=reporter.update)
     finally:
         keep_journal(folder, options.journal)
         if (folder / RESULTS).exists():
             found = shortened(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
             save(options.out, found)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"{text!r}: whole numbers with commas between them are needed") from None
 
 
 def restore_journal(archive: Path, folder: Path) -> None:
@@ -117,6 +125,9 @@ def main() -> None:
     parser.add_argument("--text", help="text to evaluate on (default: WikiText-2)")
     parser.add_argument("--calibration", help="text to calibrate on (default: the last 30 %% of --text)")
     parser.add_argument("--rotations", default=",".join(ARMS), help="arms, with commas (default: all there are)")
+    parser.add_argument("--bits", default="4,3", help="of the weights (default: %(default)s)")
+    parser.add_argument("--quantizers", default="gptq,rtn", help="(default: %(default)s)")
+    parser.add_argument("--activations", default=",".join(map(str, ACTIVATIONS)), help="bits (default: %(default)s)")
     parser.add_argument("--online", default="both", choices=("no", "yes", "both"))
     parser.add_argument("--solver", default="cayley", choices=("cayley", "polar"))
     parser.add_argument("--nsamples", type=int, default=512)

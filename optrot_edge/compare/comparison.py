@@ -127,7 +127,7 @@ def _row(row: Row, journal: Journal) -> dict:
         values = [entry["snr_db"] for entry in errors["layers"] if entry["snr_db"] is not None]
         found |= {"snr_db": statistics.fmean(values) if values else None, "warnings": errors["warnings"],
                   "bytes": errors["bytes"], "bits_per_weight": errors["bits_per_weight"]}
-    return found | learning_remarks(build, journal)
+    return found | learning_remarks(row, journal)
 
 
 def _save(out: Path, results: dict) -> None:

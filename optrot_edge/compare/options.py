@@ -52,6 +52,11 @@ class Row:
         """As journals call it."""
         return f"{self.build.name}-a{self.activations}"
 
+    @property
+    def transforms(self) -> str:
+        """The same of what an analysis arm learns, which serves both quantisers."""
+        return f"{self.build.arm}-w{self.build.bits}-a{self.activations}"
+
 
 @dataclass
 class CompareOptions:

@@ -12,6 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -106,21 +107,18 @@ class Comparison:
         from optrot_edge.rotating import make_rotation
         from optrot_edge.rotations.rotation import Rotation
 
-        arm, name = ARMS[build.arm], f"rotations/{build.rotation}.safetensors"
-        if arm.rotation == "none":
+        if ARMS[build.arm].rotation == "none":
             rotation = Rotation("none")
         else:
-            path, entry = self.folder / name, self.journal.entries.get(name)
-            if entry is None or not (path.is_file() and sha256(path) == entry["sha256"]):
+            def make(path: Path) -> dict:
                 recipe = self.options.rotation_recipe(build)
                 with CalibrationInputs(self.source, recipe, self.device, self.work, covariances=self.inputs.covariances,
                                        progress=self.progress) as inputs:
                     made = make_rotation(self.source, recipe, self.progress, inputs=inputs)
-                path.parent.mkdir(exist_ok=True)
-                commit(path, made.save)
-                self.journal.keep(name, {"learning": learning_of(made.recipe),
-                                         "loss_curve": made.recipe.get("loss_curve")})
-            rotation = Rotation.load(path)
+                made.save(path)
+                return {"learning": learning_of(made.recipe), "loss_curve": made.recipe.get("loss_curve")}
+
+            rotation = Rotation.load(self._kept(f"rotations/{build.rotation}.safetensors", make))
         self._quantities(build, rotation)
         return rotation
 
@@ -158,26 +156,41 @@ class Comparison:
         return made
 
     def _analysed(self, row: Row):
-        """The model in memory of an analysis arm, learned for the row's activations; the errors are those of the first
-        row's."""
+        """The model in memory of an analysis arm, its transforms learned for the row's grid and activations the first
+        time; the errors are those of the first row's."""
         import torch
 
-        from optrot_edge.rotations.analysis import TOKENS, AnalysisOptions, analyse
+        from optrot_edge.rotations.analysis import RATES, AnalysisOptions, LearnedTransforms, analyse, learn_transforms
         from optrot_edge.rotations.rotation import Rotation
 
-        build, recipe = row.build, self.options.rotation_recipe(row.build)
+        build, recipe, learned = row.build, self.options.rotation_recipe(row.build), None
         self._check_time(build)
         options = AnalysisOptions(ARMS[build.arm].rotation, recipe.type, build.quantizer, row.activations,
                                   recipe.e2e_steps, recipe.damp, self.device)
-        made = analyse(self.source, self.inputs.tokens, options, torch.Generator().manual_seed(recipe.seed + 1),
-                       lambda done, total: self.progress("quantise layers", done, total, row.name))
+        generator = torch.Generator().manual_seed(recipe.seed + 1)
+        if options.method in RATES:
+            def make(path: Path) -> dict:
+                made = learn_transforms(self.source, self.inputs.tokens, options, generator, lambda done, total:
+                                        self.progress("learn transforms", done, total, row.name))
+                made.save(path)
+                return {"learning": made.learning, "loss_curve": None}
+
+            learned = LearnedTransforms.load(self._kept(f"rotations/{row.transforms}.safetensors", make))
+        made = analyse(self.source, self.inputs.tokens, options, generator,
+                       lambda done, total: self.progress("quantise layers", done, total, row.name), learned=learned)
         if self.journal.about(f"errors {build.name}") is None:
-            pairs = [pair for layer in made.losses for pair in layer.values()]
-            learning = {"steps": options.steps, "tokens": min(TOKENS, self.inputs.tokens.numel()),
-                        "loss_start": sum(before for before, _ in pairs),
-                        "loss": sum(after for _, after in pairs)} if pairs else {}
-            self._note_errors(build, Rotation("none"), made, [], learning=learning_of(learning), warnings=[])
+            self._note_errors(build, Rotation("none"), made, [], warnings=[])
         return made
+
+    def _kept(self, name: str, make: Callable[[Path], dict]) -> Path:
+        """The file `name` of the folder as the journal knows it, made by `make(path)`, which returns what to note."""
+        path, entry = self.folder / name, self.journal.entries.get(name)
+        if entry is None or not (path.is_file() and sha256(path) == entry["sha256"]):
+            path.parent.mkdir(exist_ok=True)
+            about: dict = {}
+            commit(path, lambda partial: about.update(make(partial)))
+            self.journal.keep(name, about)
+        return path
 
     def _note_errors(self, build: Build, rotation, made, quantities: list[dict], **about) -> None:
         """Measure a quantised model layer by layer, and note that with its size."""
@@ -240,11 +253,9 @@ def is_measured(journal: Journal, row: Row) -> bool:
     return (journal.about(f"row {row.name}") or {}).get("status") == "measured"
 
 
-def learning_remarks(build: Build, journal: Journal) -> dict:
-    """`learning` of a build's rotation, and `not_reproduced`, the reason why a learned baseline was not."""
-    entry = journal.about(f"rotations/{build.rotation}.safetensors")
-    if ARMS[build.arm].analysis:
-        entry = journal.about(f"errors {build.name}")
+def learning_remarks(row: Row, journal: Journal) -> dict:
+    """`learning` of a row's rotation or transforms, and `not_reproduced`, the reason why a learned baseline was not."""
+    arm = ARMS[row.build.arm]
+    entry = journal.about(f"rotations/{row.transforms if arm.analysis else row.build.rotation}.safetensors")
     learning = None if entry is None else entry["learning"]
-    return {"learning": learning,
-            "not_reproduced": None if entry is None else not_reproduced(ARMS[build.arm], learning)}
+    return {"learning": learning, "not_reproduced": None if entry is None else not_reproduced(arm, learning)}

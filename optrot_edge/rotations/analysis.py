@@ -10,19 +10,24 @@ No package can hold them, so there is no checkpoint: `analyse` returns a view th
 * "butterflyquant": ButterflyQuant (arXiv 2509.09679): butterflies of Givens rotations per input, without its
   regulariser towards uniform entries. A fixed random orthogonal matrix covers the odd factor of a width.
 
-The last two learn per input on the squared error of the outputs of the linears that read it, relative to the outputs,
-over 512 sampled tokens (of which an eighth judges: the start stays where nothing is won), by Adam with a cosine step,
-weights rounded with scales from the range (`quantize.min_max`), gradients through the range. (FlatQuant's loss is that
-of a decoder layer's output.) Inputs are those of the layers already quantised. The body is held in memory, float32.
+The last two learn per input of the float model (as FlatQuant's code does) on the squared error of the outputs of the
+linears that read it, relative to the outputs, over 1,024 sampled tokens (others judge: the start stays where nothing is
+won), by Adam with a cosine step, weights rounded with scales from the range (`quantize.min_max`), gradients through the
+range. (FlatQuant's loss is that of a decoder layer's output.) What is learned depends on the grid and on the bits of
+the activations, not on the quantiser, so one `LearnedTransforms` serves both. The body is held in memory, float32.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from optrot_edge.errors import InputError
 from optrot_edge.gridspec import fitting_type
@@ -38,8 +43,8 @@ from optrot_edge.rotations.covariance import INPUTS
 from optrot_edge.rotations.transforms import Butterfly, Dense, Kronecker
 
 KIND_OF_FIRST = {names[0]: kind for kind, names in INPUTS.items()}
-TOKENS, HELD_OUT = 512, 8
-STARTS = {"quip#": Dense.hadamard, "flatquant": Kronecker.start, "butterflyquant": Butterfly.start}
+TOKENS, JUDGES = 1024, 146  # sampled to learn on, and to judge by
+METHODS = {"quip#": Dense, "flatquant": Kronecker, "butterflyquant": Butterfly}
 RATES = {"flatquant": 0.005, "butterflyquant": 0.02}  # of Adam: entries of the factors, radians
 
 
@@ -53,7 +58,7 @@ class AnalysisOptions:
     grid: str = "q4_0"
     quantizer: str = "gptq"
     activations: int = FLOAT
-    steps: int = 60
+    steps: int = 100
     damp: float = 0.1
     device: str = "cpu"
 
@@ -68,14 +73,11 @@ class AnalysisOptions:
 
 
 class AnalysisModel:
-    """A float model with its body quantised in another basis; see `forward.logits` for what it offers.
+    """A float model with its body quantised in another basis; see `forward.logits` for what it offers."""
 
-    `losses`, per layer and kind of input, are the relative squared errors (before, after) of learning.
-    """
-
-    def __init__(self, source, layers: list[forward.Layer], transforms: list[dict], losses: list[dict]):
+    def __init__(self, source, layers: list[forward.Layer], transforms: list[dict]):
         self.source, self.config = source, source.config
-        self.layers, self.transforms, self.losses = layers, transforms, losses
+        self.layers, self.transforms = layers, transforms
 
     def layer(self, index: int, dtype: torch.dtype = torch.float32) -> forward.Layer:
         """Decoder layer `index`, decoded."""
@@ -98,92 +100,187 @@ class AnalysisModel:
         return self.source.lm_head(dtype)
 
 
-@torch.no_grad()
-def analyse(source, tokens: torch.Tensor, options: AnalysisOptions, generator: torch.Generator,
-            progress: Callable[[int, int], None] | None = None) -> AnalysisModel:
-    """Quantise the float model `source` as `options` say, calibrated on `tokens` int64 [windows, length].
+@dataclass
+class LearnedTransforms:
+    """`layers`: a transform per layer and kind of input; `losses`: for each the relative squared error on the tokens
+    that judge, before and after; `tokens`: how many were learned on."""
 
-    Raises InputError for rows that do not fit the grid, and as GPTQ does.
-    """
+    method: str
+    layers: list[dict]
+    losses: list[dict]
+    steps: int
+    tokens: int
+
+    @property
+    def learning(self) -> dict:
+        """Steps, tokens a step and the losses' sums, under the names of `arms.learning_of`."""
+        before, after = (sum(pair[which] for layer in self.losses for pair in layer.values()) for which in (0, 1))
+        return {"steps": self.steps, "tokens_per_step": self.tokens, "loss_start": before, "loss": after}
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file; InputError when that fails."""
+        tensors = {f"{index}.{kind}.{name}": tensor.detach().cpu().contiguous()
+                   for index, layer in enumerate(self.layers) for kind, transform in layer.items()
+                   for name, tensor in transform.tensors().items()}
+        about = {"method": self.method, "losses": self.losses, "steps": self.steps, "tokens": self.tokens}
+        try:
+            save_file(tensors, path, metadata={"optrot-transforms": json.dumps(about)})
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {path}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> LearnedTransforms:
+        """Read what `save` wrote; InputError when it is something else."""
+        try:
+            with safe_open(path, framework="pt") as handle:
+                about = json.loads((handle.metadata() or {})["optrot-transforms"])
+                found: list[dict] = [{} for _ in about["losses"]]
+                for key in handle.keys():  # noqa: SIM118
+                    index, kind, name = key.split(".")
+                    found[int(index)].setdefault(kind, {})[name] = handle.get_tensor(key)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"{path} holds no learned transforms ({error})") from None
+        layers = [{kind: METHODS[about["method"]](**tensors) for kind, tensors in layer.items()} for layer in found]
+        return cls(about["method"], layers, about["losses"], about["steps"], about["tokens"])
+
+
+@torch.no_grad()
+def learn_transforms(source, tokens: torch.Tensor, options: AnalysisOptions, generator: torch.Generator,
+                     progress: Callable[[int, int], None] | None = None) -> LearnedTransforms:
+    """The transforms of "flatquant" or "butterflyquant" for the float model `source`, on `tokens` int64 [windows,
+    length]. Raises InputError for a method that learns nothing, and for rows that do not fit the grid."""
+    if options.method not in RATES:
+        raise InputError(f"{options.method} learns nothing")
     config, device = source.config, options.device
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
-    kept = torch.randperm(tokens.numel(), generator=generator)[:TOKENS].sort().values
+    kept = torch.randperm(tokens.numel(), generator=generator)[:TOKENS + JUDGES]
+    judges = torch.arange(len(kept)) < max(1, min(JUDGES, len(kept) // 8))
+    kept, order = kept.sort()
+    judges = judges[order]
     stream = embedded(tokens, lambda ids: picked_rows(native_chunks(source), ids))
-    layers, transforms, losses = [], [], []
+    layers, losses = [], []
     for index in range(config.num_hidden_layers):
         layer = {k: v.to(device) for k, v in source.layer(index, torch.float32).items()}
-        hessians, rows = _observe(stream, layer, config, rope, kept, device)
+        rows = _sampled(stream, layer, config, rope, kept)
         found, errors = {}, {}
         for kind, names in INPUTS.items():
-            found[kind] = STARTS[options.method](hessians[kind].shape[0], generator)
+            found[kind] = METHODS[options.method].start(rows[kind].shape[1], generator)
             weight = torch.cat([layer[f"{name}.weight"] for name in names])
-            if found[kind].parameters:
-                errors[kind] = learn_transform(found[kind], weight, rows[kind], options)
-            decoded = quantised(weight, hessians[kind], found[kind], options, generator)
-            parts = decoded.split([len(layer[f"{name}.weight"]) for name in names])
-            layer |= {f"{name}.weight": part for name, part in zip(names, parts, strict=True)}
-        for windows in stream.batches(8):
-            out = forward.decoder_layer(stream.read(windows).to(device), layer, config, rope)
-            stream.write(windows, out.cpu())
-        layers.append({name: tensor.cpu() for name, tensor in layer.items()})
-        transforms.append(found)
+            errors[kind] = learn_transform(found[kind], weight, rows[kind][~judges], rows[kind][judges], options)
+        layers.append(found)
         losses.append(errors)
         if progress:
             progress(index + 1, config.num_hidden_layers)
     stream.close()
-    return AnalysisModel(source, layers, transforms, losses)
-
-
-def _observe(stream, layer: forward.Layer, config, rope, kept: torch.Tensor, device: str) -> tuple[dict, dict]:
-    """E[xxᵀ] of the layer's inputs by kind, and the rows `kept` of them."""
-    sums: dict[str, MeanProduct] = {}
-    rows: dict[str, list[torch.Tensor]] = {}
-    for windows in stream.batches(8):
-        x = stream.read(windows).to(device)
-        first, last = (place * x.shape[1] for place in (windows.start, windows.stop))
-        here = (kept[(kept >= first) & (kept < last)] - first).to(device)
-
-        def tap(name, read, y, here=here):
-            kind = KIND_OF_FIRST.get(name)
-            if kind is not None:
-                sums.setdefault(kind, MeanProduct(read.shape[-1], read.shape[-1], device)).add(read)
-                rows.setdefault(kind, []).append(read.flatten(0, 1)[here])
-            return y
-
-        forward.decoder_layer(x, {**layer, "tap": tap}, config, rope)
-    return {kind: total.mean() for kind, total in sums.items()}, {kind: torch.cat(part) for kind, part in rows.items()}
-
-
-def output_error(transform, weight: torch.Tensor, x: torch.Tensor, grid: Grid, activations: int) -> torch.Tensor:
-    """‖ŷ − y‖² / ‖y‖² of `y = x Wᵀ` [rows, out] when weights (and activations) are rounded in the transform's basis."""
-    z, turned = transform.apply(x), transform.weight(weight)
-    error = weight_error(turned, grid, through_range=True)
-    change = z @ error.T
-    if activations != FLOAT:
-        change = change + rounding_error(z, activations, through_range=True) @ (turned + error).T
-    return change.square().sum() / (x @ weight.T).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    return LearnedTransforms(options.method, layers, losses, options.steps, int((~judges).sum()))
 
 
 @torch.no_grad()
-def learn_transform(transform, weight: torch.Tensor, x: torch.Tensor, options: AnalysisOptions) -> tuple[float, float]:
-    """Adjust the transform's parameters in place; the relative error on rows that only judge, before and after."""
+def analyse(source, tokens: torch.Tensor, options: AnalysisOptions, generator: torch.Generator,
+            progress: Callable[[int, int], None] | None = None, *,
+            learned: LearnedTransforms | None = None) -> AnalysisModel:
+    """Quantise the float model `source` as `options` say, calibrated on `tokens` int64 [windows, length].
+
+    A method that learns needs what it `learned`. Raises InputError without, for rows that do not fit the grid, and as
+    GPTQ does.
+    """
+    if (learned.method if learned else None) != (options.method if options.method in RATES else None):
+        raise InputError(f"{options.method} takes what `learn_transforms` learned for it, quip# takes none")
+    config, device = source.config, options.device
+    rope = forward.rope_tables(config, tokens.shape[1], device=device)
+    stream = embedded(tokens, lambda ids: picked_rows(native_chunks(source), ids))
+    layers, transforms = [], []
+    for index in range(config.num_hidden_layers):
+        layer = {k: v.to(device) for k, v in source.layer(index, torch.float32).items()}
+        hessians = _hessians(stream, layer, config, rope)
+        found = {kind: Dense.hadamard(len(hessians[kind]), generator) for kind in INPUTS} if learned is None \
+            else learned.layers[index]
+        for kind, names in INPUTS.items():
+            weight = torch.cat([layer[f"{name}.weight"] for name in names])
+            decoded = quantised(weight, hessians[kind], found[kind], options, generator)
+            parts = decoded.split([len(layer[f"{name}.weight"]) for name in names])
+            layer |= {f"{name}.weight": part for name, part in zip(names, parts, strict=True)}
+        _run(stream, layer, config, rope)
+        layers.append({name: tensor.cpu() for name, tensor in layer.items()})
+        transforms.append(found)
+        if progress:
+            progress(index + 1, config.num_hidden_layers)
+    stream.close()
+    return AnalysisModel(source, layers, transforms)
+
+
+def _run(stream, layer: forward.Layer, config, rope, *, see: Callable | None = None, write: bool = True) -> None:
+    """Take the stream through `layer`, or leave it; `see(kind, x, windows)` is shown what the linears read."""
+    device = layer["o_proj.weight"].device
+    for windows in stream.batches(8):
+        def tap(name, x, y, windows=windows):
+            if name in KIND_OF_FIRST:
+                see(KIND_OF_FIRST[name], x, windows)
+            return y
+
+        out = forward.decoder_layer(stream.read(windows).to(device), layer if see is None else {**layer, "tap": tap},
+                                    config, rope)
+        if write:
+            stream.write(windows, out.cpu())
+
+
+def _sampled(stream, layer: forward.Layer, config, rope, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs, by kind, of the tokens at the sorted places `kept`; the stream is taken through the layer."""
+    rows: dict[str, list[torch.Tensor]] = {}
+
+    def see(kind: str, x: torch.Tensor, windows: slice) -> None:
+        first, last = (place * x.shape[1] for place in (windows.start, windows.stop))
+        here = kept[(kept >= first) & (kept < last)] - first
+        rows.setdefault(kind, []).append(x.flatten(0, 1)[here.to(x.device)])
+
+    _run(stream, layer, config, rope, see=see)
+    return {kind: torch.cat(parts) for kind, parts in rows.items()}
+
+
+def _hessians(stream, layer: forward.Layer, config, rope) -> dict[str, torch.Tensor]:
+    """E[xxᵀ] of the layer's inputs by kind; the stream stays where it is."""
+    sums: dict[str, MeanProduct] = {}
+
+    def see(kind: str, x: torch.Tensor, windows: slice) -> None:
+        sums.setdefault(kind, MeanProduct(x.shape[-1], x.shape[-1], x.device)).add(x)
+
+    _run(stream, layer, config, rope, see=see, write=False)
+    return {kind: total.mean() for kind, total in sums.items()}
+
+
+def output_error(transform, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grid: Grid,
+                 activations: int) -> torch.Tensor:
+    """‖ŷ − y‖² / ‖y‖² of `y = x Wᵀ` [rows, out] when weights (and activations) are rounded in the transform's basis."""
+    z, turned = transform.apply(x), transform.weight(weight)
+    turned = turned + weight_error(turned, grid, through_range=True)
+    if activations != FLOAT:
+        z = z + rounding_error(z, activations, through_range=True)
+    return (z @ turned.T - y).square().sum() / y.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+@torch.no_grad()
+def learn_transform(transform, weight: torch.Tensor, x: torch.Tensor, judging: torch.Tensor,
+                    options: AnalysisOptions) -> tuple[float, float]:
+    """Adjust the transform's parameters in place on the inputs `x` [tokens, n] of `weight` [out, n]; the relative error
+    on the inputs `judging`, before and after."""
     grid = Grid(fitting_type(options.grid, weight.shape[1]))
-    judges = max(1, len(x) // HELD_OUT)
-    judged = lambda: float(output_error(transform, weight, x[:judges], grid, options.activations))  # noqa: E731
-    before, start = judged(), [parameter.detach().clone() for parameter in transform.parameters]
-    adam = torch.optim.Adam(transform.parameters, lr=RATES[options.method])
+    parameters = [parameter.requires_grad_() for parameter in transform.parameters]
+    y, wanted = x @ weight.T, judging @ weight.T
+    judged = lambda: float(output_error(transform, weight, judging, wanted, grid, options.activations))  # noqa: E731
+    before, start = judged(), [parameter.detach().clone() for parameter in parameters]
+    adam = torch.optim.Adam(parameters, lr=RATES[options.method])
     for step in range(options.steps):
         adam.param_groups[0]["lr"] = RATES[options.method] * (1 + math.cos(math.pi * step / options.steps)) / 2
         adam.zero_grad()
         with torch.enable_grad():
-            output_error(transform, weight, x[judges:], grid, options.activations).backward()
+            output_error(transform, weight, x, y, grid, options.activations).backward()
         adam.step()
-    for parameter in transform.parameters:
+    for parameter in parameters:
         parameter.requires_grad_(False)
     after = judged()
     if after < before:
         return before, after
-    for parameter, value in zip(transform.parameters, start, strict=True):
+    for parameter, value in zip(parameters, start, strict=True):
         parameter.copy_(value)
     return before, before
 

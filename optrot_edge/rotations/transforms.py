@@ -1,7 +1,7 @@
 """Transforms of a linear's input that cannot be fused, for analysis: `x → x T`, `W → W T⁻ᵀ`.
 
 Each has `apply(x)` = x T, `undo(y)` = y T⁻¹, `weight(W)` = W T⁻ᵀ, `weight_back(W')` = W' Tᵀ, all on rows [..., n] and
-differentiable, and `parameters`, the tensors that are learned.
+differentiable, and `parameters`, the tensors that are learned. `tensors()`, by name, are all that make it again.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class Dense(Orthogonal):
     def __init__(self, matrix: torch.Tensor):
         self.matrix = matrix
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the constructor takes."""
+        return {"matrix": self.matrix}
+
     @classmethod
     def hadamard(cls, n: int, generator: torch.Generator) -> Dense:
         """A random Hadamard, see `hadamard.random_hadamard`."""
@@ -64,12 +68,16 @@ class Butterfly(Orthogonal):
         self.angles, self.mix = angles, mix
         self.parameters = [angles]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the constructor takes."""
+        return {"angles": self.angles, "mix": self.mix}
+
     @classmethod
     def start(cls, n: int, generator: torch.Generator) -> Butterfly:
         """T before learning."""
         block = n & -n
         angles = torch.full((block.bit_length() - 1, n // 2), math.pi / 4)
-        return cls(angles.requires_grad_(), random_orthogonal(n // block, generator))
+        return cls(angles, random_orthogonal(n // block, generator))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         x = self._mixed(x, self.mix)
@@ -103,11 +111,15 @@ class Kronecker:
         self.left, self.right = left, right
         self.parameters = [left, right]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the constructor takes."""
+        return {"left": self.left, "right": self.right}
+
     @classmethod
     def start(cls, n: int, generator: torch.Generator) -> Kronecker:
         """Random orthogonal factors, as near to square as n allows."""
         first = next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)
-        return cls(*(random_orthogonal(k, generator).float().requires_grad_() for k in (first, n // first)))
+        return cls(*(random_orthogonal(k, generator).float() for k in (first, n // first)))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._times(x, self.left, self.right)

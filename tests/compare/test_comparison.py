@@ -298,6 +298,7 @@ def test_baselines_and_what_runs_online(uneven, words, text, tmp_path):
     assert list(dict.fromkeys(row["build"] for row in found["rows"])) == [
         *fused[::2], *(f"{arm}-w4-gptq" for arm in arms[6:]), *fused[1::2]]
     assert sum(call[:2] == ("quantise layers", 1) for call in calls) == len(fused) + 2 * 3
+    assert sum(call[:2] == ("learn transforms", 1) for call in calls) == 2 * 2
     for build in fused:
         assert rows[f"{build}-a4"]["kl_mean"] > rows[f"{build}-a16"]["kl_mean"]
     for row in found["rows"]:

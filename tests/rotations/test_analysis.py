@@ -9,7 +9,15 @@ from optrot_edge.models import forward, open_model
 from optrot_edge.models.activations import fake_quantize_tokens
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.rotations import analysis
-from optrot_edge.rotations.analysis import AnalysisOptions, analyse, learn_transform, output_error
+from optrot_edge.rotations.analysis import (
+    RATES,
+    AnalysisOptions,
+    LearnedTransforms,
+    analyse,
+    learn_transform,
+    learn_transforms,
+    output_error,
+)
 from optrot_edge.rotations.baselines import ONLINE
 from optrot_edge.rotations.transforms import Butterfly, Kronecker
 from optrot_edge.runtime.torch_reference import TorchBackend
@@ -23,8 +31,14 @@ def source(tmp_path_factory):
 
 
 def view_of(source, method, seed=0, **options):
+    learned = learned_of(source, method, seed, **options) if method in RATES else None
     return analyse(source, random_tokens(12, 32), AnalysisOptions(method, **{"steps": 4} | options),
-                   torch.Generator().manual_seed(seed))
+                   torch.Generator().manual_seed(seed), learned=learned)
+
+
+def learned_of(source, method, seed=0, **options):
+    return learn_transforms(source, random_tokens(12, 32), AnalysisOptions(method, **{"steps": 4} | options),
+                            torch.Generator().manual_seed(seed))
 
 
 def kl(source, view, activations=16):
@@ -52,11 +66,12 @@ def test_gptq_beats_rounding_and_activations_cost(source, method):
 @pytest.mark.parametrize("method", ["flatquant", "butterflyquant"])
 def test_learning_lowers_the_output_error(source, method):
     """On tokens that only judge, weights and activations rounded, summed over all inputs."""
-    view = view_of(source, method, steps=40, activations=4)
-    errors = [pair for layer in view.losses for pair in layer.values()]
+    learned = learned_of(source, method, steps=40, activations=4)
+    errors = [pair for layer in learned.losses for pair in layer.values()]
     assert len(errors) == 8 and all(after <= before for before, after in errors)
     before, after = map(sum, zip(*errors, strict=True))
     assert after < 0.95 * before
+    assert learned.learning == {"steps": 40, "tokens_per_step": 336, "loss_start": before, "loss": after}
 
 
 def test_the_start_is_kept_when_nothing_is_won(monkeypatch):
@@ -65,8 +80,8 @@ def test_the_start_is_kept_when_nothing_is_won(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     transform = Butterfly.start(32, generator)
     start = transform.angles.detach().clone()
-    weight, x = torch.randn(8, 32, generator=generator), torch.randn(64, 32, generator=generator)
-    before, after = learn_transform(transform, weight, x, AnalysisOptions("butterflyquant", steps=5))
+    weight, x, judging = (torch.randn(rows, 32, generator=generator) for rows in (8, 64, 8))
+    before, after = learn_transform(transform, weight, x, judging, AnalysisOptions("butterflyquant", steps=5))
     assert before == after and torch.equal(transform.angles, start)
 
 
@@ -75,11 +90,37 @@ def test_the_error_is_that_of_the_rounded_linear():
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 64, generator=generator, dtype=torch.float64) for rows in (10, 20))
     transform, grid = Kronecker.start(64, generator), Grid("q4_0")
-    turned = transform.weight(weight).detach()
+    turned = transform.weight(weight)
     rounded = turned + analysis.weight_error(turned, grid)
-    z = fake_quantize_tokens(transform.apply(x).detach(), 4)
-    want = (z @ rounded.T - x @ weight.T).square().sum() / (x @ weight.T).square().sum()
-    assert float(output_error(transform, weight, x, grid, 4).detach()) == pytest.approx(float(want), rel=1e-5)
+    z, y = fake_quantize_tokens(transform.apply(x), 4), x @ weight.T
+    want = (z @ rounded.T - y).square().sum() / y.square().sum()
+    assert float(output_error(transform, weight, x, y, grid, 4)) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", RATES)
+def test_what_was_learned_is_kept_in_a_file(source, method, tmp_path):
+    learned = learned_of(source, method)
+    learned.save(tmp_path / "t.safetensors")
+    again = LearnedTransforms.load(tmp_path / "t.safetensors")
+    assert again.learning == learned.learning and again.method == method
+    options, tokens = AnalysisOptions(method), random_tokens(12, 32)
+    made = [analyse(source, tokens, options, torch.Generator(), learned=which) for which in (learned, again)]
+    assert kl(source, made[0], 4) == kl(source, made[1], 4)
+    (tmp_path / "t.safetensors").write_bytes(b"none")
+    with pytest.raises(InputError, match="holds no learned transforms"):
+        LearnedTransforms.load(tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match="cannot write"):
+        learned.save(tmp_path / "missing" / "t.safetensors")
+
+
+def test_transforms_of_another_method(source):
+    tokens, generator = random_tokens(4, 16), torch.Generator()
+    with pytest.raises(InputError, match="flatquant takes what"):
+        analyse(source, tokens, AnalysisOptions("flatquant"), generator)
+    with pytest.raises(InputError, match="quip# takes none"):
+        analyse(source, tokens, AnalysisOptions("quip#"), generator, learned=learned_of(source, "flatquant"))
+    with pytest.raises(InputError, match="quip# learns nothing"):
+        learned_of(source, "quip#")
 
 
 @pytest.mark.parametrize("method", ["quip#", "butterflyquant"])
