@@ -56,7 +56,7 @@ def learning_of(recipe: dict) -> dict | None:
     if "loss_start" not in recipe:
         return None
     return {"steps": recipe.get("steps_taken", recipe.get("steps")),
-            "tokens_per_step": recipe.get("tokens", recipe.get("sampled_tokens")), "loss_start": recipe["loss_start"],
+            "tokens_per_step": recipe.get("tokens"), "loss_start": recipe["loss_start"],
             "loss": recipe["loss"]}
 
 

@@ -21,7 +21,7 @@ model's final hidden states (tokens × hidden × 4 bytes).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from optrot_edge.rotations.distributed import spare_memory
 from optrot_edge.rotations.optrot_plus import start_log_scales
 from optrot_edge.rotations.rotation import Rotation, projected, scale_widths
 from optrot_edge.rotations.rounding import LayerBasis, Rounding, rounded_layer
+from optrot_edge.rotations.sampling import batches
 from optrot_edge.rotations.solvers import RiemannAdam, cayley_step, nearly_orthogonal
 
 HELD_OUT = 8  # one window in so many only judges
@@ -180,16 +181,6 @@ class EndToEndLearner:
             self.scale_adam.step()
         return loss
 
-    def batches(self, trained: int) -> Iterator[torch.Tensor]:
-        """Windows of every step, each window once before any comes again."""
-        size = min(trained, max(1, self.options.tokens // self.network.tokens.shape[1]))
-        queue = torch.empty(0, dtype=torch.long)
-        while True:
-            if len(queue) < size:
-                queue = torch.cat([queue, torch.randperm(trained, generator=self.generator)])
-            yield queue[:size]
-            queue = queue[size:]
-
     @torch.no_grad()
     def held_out(self, first: int, point: Rotation) -> float:
         """Mean loss of the windows from `first` on."""
@@ -231,9 +222,10 @@ def learn_end_to_end(source, name: str, start: Rotation, grid: str, tokens: torc
     network = QuantizedNetwork(source, rounding, options.loss, tokens, options.tokens, device)
     learner = EndToEndLearner(network, start, options, generator)
     first = len(tokens) - max(1, len(tokens) // HELD_OUT)
-    before, curve, batches = learner.held_out(first, learner.point()), [], learner.batches(first)
+    before, curve = learner.held_out(first, learner.point()), []
+    drawn = batches(first, max(1, options.tokens // tokens.shape[1]), generator)
     for step in range(options.steps):
-        curve.append(learner.step(next(batches), step / options.steps))
+        curve.append(learner.step(next(drawn), step / options.steps))
         if progress:
             progress(step + 1, options.steps, curve[-1])
     learned = learner.result(name)

@@ -4,9 +4,10 @@ Loss: the mean over tokens of |κ − 1.8|, κ = E[(z−μ)⁴] / E[(z−μ)²]�
 rounded together. R1 sees what all attention and MLP blocks read, pooled, norms without their gains (which are folded);
 each R2 sees the value vectors of its layer and KV head. Nothing is quantised, and no gradient passes through layers.
 
-Chosen where the paper leaves it open or other machinery was there: 512 tokens of each layer's two inputs, drawn once
-from the calibration windows; all of them at every step; the polar solver with its momentum and cosine (the paper uses
-Cayley Adam). An eighth of the tokens only judges; where the loss does not fall there the start is kept.
+Chosen where the paper leaves it open or other machinery was there: the two inputs and the values of each layer for
+4,096 tokens, drawn once from the calibration windows, of which every step sees 1,024; the polar solver with its
+momentum and cosine (the paper uses Cayley Adam). 585 tokens besides, an eighth of all, only judge; where the loss does
+not fall there the start is kept.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from optrot_edge.quantize.streams import embedded, native_chunks, picked_rows
 from optrot_edge.rotations.fuse import fold_norms
 from optrot_edge.rotations.options import OptRotOptions
 from optrot_edge.rotations.rotation import Rotation, projected
+from optrot_edge.rotations.sampling import batches
 from optrot_edge.rotations.solvers import MOMENTUM, Descent
 
 UNIFORM = 1.8
-TOKENS = 512
+TOKENS, STEP_TOKENS = 4681, 1024  # drawn once, and seen by a step: the same at every step would be learned by heart
 HELD_OUT = 8  # one token in so many only judges
 
 
@@ -70,23 +72,29 @@ def sample_inputs(source, tokens: torch.Tensor, count: int, generator: torch.Gen
 
 
 class _Problem:
-    """Rows [..., rows, n] under a (batch of) rotation(s) [..., n, n]."""
+    """Rows [..., tokens, n], or [tokens, k, n] for one matrix, under a (batch of) rotation(s) [..., n, n]."""
 
-    def __init__(self, start: torch.Tensor, rows: torch.Tensor, held_out: torch.Tensor, options, beta: float):
-        self.rows, self.held_out = rows, held_out
+    def __init__(self, start: torch.Tensor, rows: torch.Tensor, held_out: torch.Tensor, axis: int,
+                 options: OptRotOptions, beta: float):
+        self.rows, self.held_out, self.axis = rows, held_out, axis
         self.descent = Descent(start.to(rows), options, beta)
 
-    def step(self, step: int) -> float:
-        """One step; the mean loss before it."""
+    def step(self, step: int, tokens: torch.Tensor) -> float:
+        """One step on some `tokens`; the mean loss before it."""
+        rows = self.rows.index_select(self.axis, tokens)
         r = self.descent.matrix.detach().requires_grad_()
         with torch.enable_grad():
-            losses = kurtosis_loss(self.rows @ r)
+            losses = self._losses(rows, r)
             losses.sum().backward()
         self.descent.advance(r.grad, step)
         return float(losses.detach().mean())
 
     def judged(self, matrix: torch.Tensor) -> float:
-        return float(kurtosis_loss(self.held_out @ matrix.to(self.held_out)).mean())
+        return float(self._losses(self.held_out, matrix.to(self.held_out)).mean())
+
+    @staticmethod
+    def _losses(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return kurtosis_loss((rows.flatten(0, 1) if matrix.ndim == 2 else rows) @ matrix)
 
 
 @torch.no_grad()
@@ -104,17 +112,18 @@ def learn_kurtail(source, start: Rotation, tokens: torch.Tensor, steps: int, gen
     if not (reads.isfinite().all() and values.isfinite().all()):
         raise InputError("activations of the float model are not finite; the model overflows or is damaged")
     options = OptRotOptions("polar", steps)
-    judges = len(reads) // HELD_OUT
+    judges = len(reads) // HELD_OUT  # the first of the text
+    trained = len(reads) - judges
     problems = {}
-    if start.r1 is not None:
-        rows, held_out = (part.flatten(0, 1).to(device) for part in (reads[judges:], reads[:judges]))
-        problems["r1"] = _Problem(start.r1, rows, held_out, options, MOMENTUM["r1"])
-    if start.r2 is not None:
-        values = values.to(device)
-        problems["r2"] = _Problem(start.r2, values[..., judges:, :], values[..., :judges, :], options, MOMENTUM["r2"])
+    for name, inputs, axis in (("r1", reads, 0), ("r2", values, 2)):
+        if getattr(start, name) is not None:
+            held_out, rows = (part.to(device) for part in inputs.split([judges, trained], axis))
+            problems[name] = _Problem(getattr(start, name), rows, held_out, axis, options, MOMENTUM[name])
     before, curve = {name: problem.judged(getattr(start, name)) for name, problem in problems.items()}, []
+    drawn = batches(trained, STEP_TOKENS, generator)
     for step in range(steps):
-        curve.append(sum(problem.step(step) for problem in problems.values()))
+        seen = next(drawn).to(device)
+        curve.append(sum(problem.step(step, seen) for problem in problems.values()))
         if progress:
             progress(step + 1, steps, curve[-1])
     learned = {name: projected(problem.descent.matrix) for name, problem in problems.items()}
@@ -122,6 +131,6 @@ def learn_kurtail(source, start: Rotation, tokens: torch.Tensor, steps: int, gen
     kept = math.fsum(after.values()) < math.fsum(before.values())
     r1, r2 = ((learned.get(name) if kept else getattr(start, name)) for name in ("r1", "r2"))
     recipe = {**start.recipe, "solver": "polar", "steps": steps, "calibration_tokens": tokens.numel(),
-              "sampled_tokens": len(reads), "kept": kept, "loss_start": sum(before.values()),
-              "loss": sum(after.values()), "loss_curve": curve}
+              "sampled_tokens": trained, "tokens": min(STEP_TOKENS, trained), "kept": kept,
+              "loss_start": sum(before.values()), "loss": sum(after.values()), "loss_curve": curve}
     return Rotation("kurtail", r1, r2, start.r3_block, start.r4_block, recipe)

@@ -1,6 +1,8 @@
-"""Which rows of a model a step takes: inclusion probabilities, and systematic samples from them."""
+"""What a learner's step sees: rows of a model by inclusion probabilities, in systematic samples; batches of a text."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -33,3 +35,13 @@ def systematic_sample(p: torch.Tensor, key: list[int]) -> torch.Tensor:
     ladder = p.cpu().double().cumsum(0) + np.random.default_rng(key).random()
     rungs = torch.cat([ladder[:1] - p[:1].cpu(), ladder]).floor()
     return (rungs[1:] > rungs[:-1]).nonzero()[:, 0].to(p.device)
+
+
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Without end, `size` of `count` indices (all if there are fewer), each once before any comes again."""
+    queue = torch.empty(0, dtype=torch.long)
+    while True:
+        if len(queue) < min(size, count):
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[:min(size, count)]
+        queue = queue[min(size, count):]

@@ -68,6 +68,18 @@ def test_kurtosis_falls_and_the_function_stays(source, which):
     assert float((got - want).abs().max()) <= 1e-9 * float(want.abs().max())
 
 
+def test_a_step_sees_some_of_the_tokens(source, monkeypatch):
+    """And so learns less by heart than from as many that stay the same."""
+    monkeypatch.setattr(kurtail, "STEP_TOKENS", 48)
+    recipe = learn(source, steps=40)[1].recipe
+    assert recipe["tokens"] == 48 and recipe["sampled_tokens"] == 448
+    monkeypatch.setattr(kurtail, "TOKENS", 56)
+    same = learn(source, steps=40)[1].recipe
+    assert same["tokens"] == 48 and same["sampled_tokens"] == 49
+    assert recipe["loss"] / recipe["loss_start"] < same["loss"] / same["loss_start"]
+    assert recipe["loss_curve"][-1] > same["loss_curve"][-1]
+
+
 def test_the_same_seed_gives_the_same_bits(source):
     first, again = (learn(source, steps=3)[1] for _ in range(2))
     assert torch.equal(first.r1, again.r1) and torch.equal(first.r2, again.r2) and first.recipe == again.recipe

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optrot_edge.rotations.sampling import RowSampler, systematic_sample
+from optrot_edge.rotations.sampling import RowSampler, batches, systematic_sample
 
 
 @pytest.mark.parametrize("count", [1, 7.5, 60, 99.9])
@@ -42,3 +42,13 @@ def test_the_key_decides():
     same = systematic_sample(p, [3, 1, 4])
     assert torch.equal(same, systematic_sample(p, [3, 1, 4]))
     assert any(not torch.equal(same, systematic_sample(p, [3, 1, other])) for other in range(4))
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 3), (7, 7), (5, 9), (8, 1)])
+def test_batches_bring_each_once_before_any_again(count, size):
+    drawn, size = batches(count, size, torch.Generator().manual_seed(0)), min(size, count)
+    parts = [next(drawn) for _ in range(count)]
+    assert all(len(part) == size for part in parts)
+    rounds = torch.cat(parts).view(size, count)
+    assert (rounds.sort().values == torch.arange(count)).all()
+    assert not torch.equal(rounds[0], torch.arange(count)) and (size == 1 or not torch.equal(rounds[0], rounds[1]))
