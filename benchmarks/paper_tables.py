@@ -28,6 +28,7 @@ from rotations import save
 from testbed import build_testbed
 from texts import load_text
 
+from optrot_edge.cli_options import listed
 from optrot_edge.compare.arms import ACTIVATIONS, ARMS
 from optrot_edge.compare.comparison import RESULTS, compare
 from optrot_edge.compare.tables import COLUMNS, about, tables
@@ -56,8 +57,8 @@ def measure(options: argparse.Namespace) -> None:
     try:
         with Reporter() as reporter:
             compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]),
-                    rotations=options.rotations.split(","), bits=_numbers(options.bits), group_size=192,
-                    quantizers=options.quantizers.split(","), activations=_numbers(options.activations),
+                    rotations=listed(options.rotations), bits=listed(options.bits, int), group_size=192,
+                    quantizers=listed(options.quantizers), activations=listed(options.activations, int),
                     online=options.online, windows=options.windows, window=256, max_minutes=options.max_minutes,
                     fields=fields, progress=reporter.update)
     finally:
@@ -65,13 +66,6 @@ def measure(options: argparse.Namespace) -> None:
         if (folder / RESULTS).exists():
             found = shortened(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
             save(options.out, found)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise InputError(f"{text!r}: whole numbers with commas between them are needed") from None
 
 
 def restore_journal(archive: Path, folder: Path) -> None:
@@ -89,11 +83,17 @@ def keep_journal(folder: Path, archive: Path) -> None:
 
 
 def shortened(results: dict) -> dict:
-    """The results without a row per layer and matrix: medians of the quantities instead."""
+    """The results without a row per layer and matrix: medians of the quantities, and the mean SNR of every matrix."""
     medians = {name: {key: statistics.median(row[key] for row in entry["layers"]) for key in QUANTITIES}
                for name, entry in results["quantities"].items()}
+    snr = {}
+    for name, rows in results["errors"].items():
+        of: dict[str, list[float]] = {}
+        for row in rows:
+            of.setdefault(row["matrix"], []).extend([] if row["snr_db"] is None else [row["snr_db"]])
+        snr[name] = {matrix: statistics.fmean(values) if values else None for matrix, values in of.items()}
     return {name: value for name, value in results.items() if name not in ("quantities", "errors", "curves")} | {
-        "medians": medians}
+        "medians": medians, "snr_db": snr}
 
 
 def written(results: dict) -> str:

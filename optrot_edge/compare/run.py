@@ -160,7 +160,7 @@ class Comparison:
         time; the errors are those of the first row's."""
         import torch
 
-        from optrot_edge.rotations.analysis import RATES, AnalysisOptions, LearnedTransforms, analyse, learn_transforms
+        from optrot_edge.rotations.analysis import AnalysisOptions, LearnedTransforms, analyse, learn_transforms
         from optrot_edge.rotations.rotation import Rotation
 
         build, recipe, learned = row.build, self.options.rotation_recipe(row.build), None
@@ -168,7 +168,7 @@ class Comparison:
         options = AnalysisOptions(ARMS[build.arm].rotation, recipe.type, build.quantizer, row.activations,
                                   recipe.e2e_steps, recipe.damp, self.device)
         generator = torch.Generator().manual_seed(recipe.seed + 1)
-        if options.method in RATES:
+        if ARMS[build.arm].baseline:
             def make(path: Path) -> dict:
                 made = learn_transforms(self.source, self.inputs.tokens, options, generator, lambda done, total:
                                         self.progress("learn transforms", done, total, row.name))

@@ -153,10 +153,8 @@ def learn_transforms(source, tokens: torch.Tensor, options: AnalysisOptions, gen
         raise InputError(f"{options.method} learns nothing")
     config, device = source.config, options.device
     rope = forward.rope_tables(config, tokens.shape[1], device=device)
-    kept = torch.randperm(tokens.numel(), generator=generator)[:TOKENS + JUDGES]
-    judges = torch.arange(len(kept)) < max(1, min(JUDGES, len(kept) // 8))
-    kept, order = kept.sort()
-    judges = judges[order]
+    kept = torch.randperm(tokens.numel(), generator=generator)[:TOKENS + JUDGES].sort().values
+    judges = max(1, min(JUDGES, len(kept) // 8))  # the first of the text
     stream = embedded(tokens, lambda ids: picked_rows(native_chunks(source), ids))
     layers, losses = [], []
     for index in range(config.num_hidden_layers):
@@ -166,13 +164,13 @@ def learn_transforms(source, tokens: torch.Tensor, options: AnalysisOptions, gen
         for kind, names in INPUTS.items():
             found[kind] = METHODS[options.method].start(rows[kind].shape[1], generator)
             weight = torch.cat([layer[f"{name}.weight"] for name in names])
-            errors[kind] = learn_transform(found[kind], weight, rows[kind][~judges], rows[kind][judges], options)
+            errors[kind] = learn_transform(found[kind], weight, rows[kind][judges:], rows[kind][:judges], options)
         layers.append(found)
         losses.append(errors)
         if progress:
             progress(index + 1, config.num_hidden_layers)
     stream.close()
-    return LearnedTransforms(options.method, layers, losses, options.steps, int((~judges).sum()))
+    return LearnedTransforms(options.method, layers, losses, options.steps, len(kept) - judges)
 
 
 @torch.no_grad()

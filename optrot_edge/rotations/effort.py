@@ -21,12 +21,15 @@ def end_to_end_effort(config, recipe, body: int) -> tuple[int, int]:
 
 
 def kurtail_effort(config, recipe, body: int) -> tuple[int, int]:
-    """Of KurTail: its sampled rows times R1, and twice back."""
-    from optrot_edge.rotations.kurtail import TOKENS
+    """Of KurTail: a step's rows times R1, and twice back, after one pass over the text; in memory are the sampled reads
+    and values, and a step's rows four times."""
+    from optrot_edge.rotations.kurtail import STEP_TOKENS, TOKENS
 
-    rows = 2 * config.num_hidden_layers * TOKENS
-    return 6 * recipe.e2e_steps * rows * config.hidden_size**2 + 2 * body * recipe.nsamples * recipe.seqlen, (
-        16 * rows * config.hidden_size)
+    hidden, values = config.hidden_size, config.num_key_value_heads * config.head_dim
+    rows = 2 * config.num_hidden_layers * STEP_TOKENS
+    sampled = config.num_hidden_layers * TOKENS * (2 * hidden + values)
+    return 6 * recipe.e2e_steps * rows * hidden**2 + 2 * body * recipe.nsamples * recipe.seqlen, (
+        4 * sampled + 16 * rows * hidden)
 
 
 BASELINE_EFFORTS = {"kurtail": kurtail_effort, **dict.fromkeys(END_TO_END, end_to_end_effort)}

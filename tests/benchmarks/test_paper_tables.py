@@ -27,6 +27,8 @@ def test_the_document_holds_the_rows(text, tmp_path):
     assert kept["rows"] == found["rows"] and not {"errors", "curves", "quantities"} & set(kept)
     layers = found["quantities"]["hadamard"]["layers"]
     assert kept["medians"]["hadamard"]["mu_w"] == statistics.median(row["mu_w"] for row in layers)
+    rows = [row["snr_db"] for row in found["errors"]["hadamard-w4-gptq"] if row["matrix"] == "up_proj"]
+    assert len(rows) > 1 and kept["snr_db"]["hadamard-w4-gptq"]["up_proj"] == statistics.fmean(rows)
     document = tmp_path / "paper.md"
     document.write_text(f"before\n{paper_tables.BEGIN}\nold\n{paper_tables.END}\nafter\n")
     for _ in range(2):
