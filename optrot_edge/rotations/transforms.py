@@ -80,28 +80,31 @@ class Butterfly(Orthogonal):
         return cls(angles, random_orthogonal(n // block, generator))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        x = self._mixed(x, self.mix)
-        for stage in range(len(self.angles)):
-            x = self._turned(x, stage, 1)
-        return x
+        return self._inside(self._mixed(x, self.mix), self._blocks(x))
 
     def undo(self, y: torch.Tensor) -> torch.Tensor:
-        for stage in reversed(range(len(self.angles))):
-            y = self._turned(y, stage, -1)
-        return self._mixed(y, self.mix.T)
+        return self._mixed(self._inside(y, self._blocks(y).mT), self.mix.T)
 
     @staticmethod
     def _mixed(x: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
         blocks = x.view(*x.shape[:-1], len(mix), -1)
         return (mix.to(x).T @ blocks).reshape(x.shape)
 
-    def _turned(self, x: torch.Tensor, stage: int, sign: int) -> torch.Tensor:
-        """Channels 2^stage apart turned by the stage's angles."""
-        stride = 2**stage
-        pairs = x.view(*x.shape[:-1], -1, 2, stride)
-        angle = self.angles[stage].to(x).view(-1, stride) * sign
-        a, b, c, s = pairs[..., 0, :], pairs[..., 1, :], angle.cos(), angle.sin()
-        return torch.stack([c * a + s * b, c * b - s * a], -2).reshape(x.shape)
+    @staticmethod
+    def _inside(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
+        return (rows @ blocks).transpose(0, 1).reshape(x.shape)
+
+    def _blocks(self, like: torch.Tensor) -> torch.Tensor:
+        """The stages as one matrix [m, 2^k, 2^k]: the one of stage s turns channels 2^s apart."""
+        angles = self.angles.to(like)
+        cos, sin = angles.cos(), angles.sin()
+        blocks = like.new_ones(len(self.mix) * 2 ** len(angles), 1, 1)
+        for stage in range(len(angles)):
+            low, high = blocks.unflatten(0, (-1, 2)).unbind(1)
+            c, s = (values[stage].view(len(low), 1, -1) for values in (cos, sin))
+            blocks = torch.cat([torch.cat([low * c, low * -s], -1), torch.cat([high * s, high * c], -1)], -2)
+        return blocks
 
 
 class Kronecker:
