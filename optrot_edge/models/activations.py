@@ -33,7 +33,10 @@ def token_grid(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def fake_quantize_tokens(x: torch.Tensor, bits: int) -> torch.Tensor:
     """`x` [..., n], every token on its 2^bits levels: `s · (clamp(round(x / s) + z, 0, 2^bits − 1) − z)`."""
-    step, zero = token_grid(x, bits)
+    return _on_levels(x, *token_grid(x, bits), bits)
+
+
+def _on_levels(x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
     codes = torch.minimum(torch.maximum((x / step).round_(), -zero), 2**bits - 1 - zero)
     return codes.mul_(step)
 
@@ -44,9 +47,13 @@ def rounding_error(x: torch.Tensor, bits: int, *, through_range: bool = False) -
     `through_range`: with that of the step, the error in units of the step held fixed, as in quantisers that only pass
     straight through the rounding: a token's error then shrinks with its range.
     """
+    with torch.set_grad_enabled(through_range and torch.is_grad_enabled()):
+        step, zero = token_grid(x, bits)
     with torch.no_grad():
-        error = fake_quantize_tokens(x, bits).sub_(x)
-    return error / token_grid(x.detach(), bits)[0] * token_grid(x, bits)[0] if through_range else error
+        error = _on_levels(x, step, zero, bits).sub_(x)
+        if through_range:
+            error.div_(step)
+    return error * step if through_range else error
 
 
 class InputQuantizer:

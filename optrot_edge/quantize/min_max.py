@@ -38,9 +38,11 @@ def weight_error(weight: torch.Tensor, grid: Grid, *, through_range: bool = Fals
     `through_range`: with that of the scales, the error in units of its scale held fixed.
     """
     blocks = weight.view(len(weight), -1, grid.spec.group_size)
-    with torch.no_grad():
+    with torch.set_grad_enabled(through_range and torch.is_grad_enabled()):
         scale, offset = block_scales(blocks, grid.spec)
-        error = grid.values_of(grid.codes_of(blocks, scale, offset), scale, offset) - blocks
-    if through_range:
-        error = error / torch.where(scale == 0, 1.0, scale) * block_scales(blocks, grid.spec)[0]
-    return error.view(weight.shape)
+    with torch.no_grad():
+        step, offset = scale.detach(), None if offset is None else offset.detach()
+        error = grid.values_of(grid.codes_of(blocks, step, offset), step, offset).sub_(blocks)
+        if through_range:
+            error.div_(torch.where(step == 0, 1.0, step))
+    return (error * scale if through_range else error).view(weight.shape)
