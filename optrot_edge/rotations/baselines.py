@@ -2,10 +2,10 @@
 
 | name | after | rounded while it learns | loss | learned |
 |---|---|---|---|---|
-| spinquant | SpinQuant, arXiv 2405.16406 | activations, 8 bits | cross-entropy | R1, R2 |
-| spinquant-a4 | the same | activations, 4 bits | cross-entropy | R1, R2 |
-| spinquant-w4 | the same | weights, on the body's grid | cross-entropy | R1, R2 |
-| ostquant | OSTQuant, arXiv 2501.13987 | both | KL, 1,000 likeliest tokens | R1, R2, scales |
+| spinquant | SpinQuant, arXiv 2405.16406 | activations, 8 bits | KL, 1,000 likeliest tokens | R1, R2 |
+| spinquant-a4 | the same | activations, 4 bits | the same | R1, R2 |
+| spinquant-w4 | the same | weights, on the body's grid | the same | R1, R2 |
+| ostquant | OSTQuant, arXiv 2501.13987 | both | the same | R1, R2, scales |
 | kurtail | KurTail, arXiv 2503.01483 | nothing | kurtosis, see `kurtail` | R1, R2 |
 """
 
@@ -32,10 +32,10 @@ class EndToEndOptions:
 
     activations: int = 8
     weights: bool = False
-    loss: str = "cross-entropy"
+    loss: str = "kl-top"
     solver: str = "cayley"
     scales: bool = False
-    through_range: bool = False
+    through_range: bool = True
     steps: int = 100
     tokens: int = 1024
     lr: float = 1.5
@@ -55,10 +55,10 @@ class EndToEndOptions:
 
 
 END_TO_END = {
-    "spinquant": EndToEndOptions(),
+    "spinquant": EndToEndOptions(lr=30.0),
     "spinquant-a4": EndToEndOptions(activations=4),
     "spinquant-w4": EndToEndOptions(activations=16, weights=True),
-    "ostquant": EndToEndOptions(weights=True, loss="kl-top", solver="adam", scales=True, through_range=True, lr=0.02),
+    "ostquant": EndToEndOptions(weights=True, solver="adam", scales=True, lr=0.02),
 }
 BASELINES = (*END_TO_END, "kurtail")
 ONLINE = {"flatquant": "FlatQuant's learned matrices", "butterflyquant": "ButterflyQuant's learned rotations",

@@ -5,12 +5,14 @@ are rounded (see `rounding`). What the papers leave open, or their code does oth
 
 * Both start from random Hadamards and round every decoder linear's input per token, asymmetric, to its smallest and
   largest entry; keys and values stay in float, for that is how the comparison is run.
-* SpinQuant: cross-entropy of the next token; Cayley SGD, learning rate 1.5 falling linearly to 0 (in its code along a
-  cosine) over 100 steps, one R2 per KV head, gradients straight through the rounding. After a step R is brought back
-  to the group by Newton-Schulz (its code does a QR now and then). Steps of 1,024 tokens, its own are of 16,384.
-* OSTQuant: KL from the float model over that model's 1,000 likeliest tokens, renormalised among them; rotations by Adam
-  in the frame of R (RiemannAdam), the logarithms of channel scales by Adam; gradients through the range too, without
-  which a scale would learn little of what it does to the steps. Step sizes are ours: 0.02 radians, 0.02 of a scale.
+* SpinQuant: Cayley SGD, learning rate 1.5 (30 for activations of 8 bits) falling linearly to 0 (in its code along a
+  cosine) over 100 steps, one R2 per KV head. After a step R is brought back to the group by Newton-Schulz (its code
+  does a QR now and then). Steps of 1,024 tokens, its own are of 16,384; with so few, cross-entropy and gradients that
+  pass straight through the rounding of activations alone, as it has them, are mostly noise
+  (`benchmarks/e2e_gradients.py`), so loss and gradients are OSTQuant's.
+* OSTQuant: KL from the float model over that model's 1,000 likeliest tokens, renormalised among them; gradients through
+  the range of what is rounded, as well as straight through the rounding; rotations by Adam in the frame of R
+  (RiemannAdam), the logarithms of channel scales by Adam. Step sizes are ours: 0.02 radians, 0.02 of a scale.
 * The loss is measured on windows that are not trained on, before and after; where it does not fall the start is kept.
 
 Memory: one layer at a time, or all that fit half the spare memory; the residual stream of a step before every layer,
@@ -217,7 +219,7 @@ def learn_end_to_end(source, name: str, start: Rotation, grid: str, tokens: torc
     if len(tokens) < 2:
         raise InputError(f"--rotation {name} learns on windows of text and judges on others; give at least two "
                          "(--nsamples)")
-    grids = _grids(source, grid) if options.weights else None
+    grids = grids_by_width(source, grid) if options.weights else None
     rounding = Rounding(options.activations, grids, options.through_range)
     network = QuantizedNetwork(source, rounding, options.loss, tokens, options.tokens, device)
     learner = EndToEndLearner(network, start, options, generator)
@@ -238,7 +240,7 @@ def learn_end_to_end(source, name: str, start: Rotation, grid: str, tokens: torc
     return learned
 
 
-def _grids(source, kind: str) -> dict[int, Grid]:
+def grids_by_width(source, kind: str) -> dict[int, Grid]:
     """The grid of `kind` for every width of the decoder's rows; InputError where rows do not divide into groups."""
     grids = {}
     for shape in source.family.layer_shapes(source.config).values():

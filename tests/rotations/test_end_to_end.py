@@ -47,12 +47,11 @@ def learn(source, text, name, start=None, seed=0, **changes):
 
 
 @pytest.mark.parametrize(("name", "changes"), [
-    ("spinquant-a4", {"loss": "kl-top", "lr": 5.0, "through_range": True, "steps": 30, "tokens": 1792}),
-    ("spinquant-w4", {"loss": "kl-top", "lr": 2.0, "steps": 20, "tokens": 512}),
+    ("spinquant", {"steps": 30, "tokens": 1792}),
+    ("spinquant-a4", {"lr": 5.0, "steps": 30, "tokens": 1792}),
+    ("spinquant-w4", {"lr": 2.0, "steps": 20, "tokens": 512}),
     ("ostquant", {"steps": 20, "tokens": 512})])
 def test_the_loss_falls_and_the_function_stays(source, tokens, name, changes):
-    """With what lowers it for every seed in a few steps: cross-entropy, and activations straight through the rounding,
-    do not on a model as small as this."""
     rotation = learn(source, tokens, name, **changes)
     recipe = rotation.recipe
     assert recipe["kept"] and recipe["loss"] < recipe["loss_start"] and len(recipe["loss_curve"]) == changes["steps"]
@@ -67,7 +66,8 @@ def test_the_loss_falls_and_the_function_stays(source, tokens, name, changes):
 
 
 def test_spinquants_published_loss(source, tokens):
-    rotation = learn(source, tokens, "spinquant", steps=2)
+    """Which need not fall on a model as small as this."""
+    rotation = learn(source, tokens, "spinquant", loss="cross-entropy", through_range=False, lr=1.5, steps=2)
     recipe = rotation.recipe
     assert recipe["kept"] == (recipe["loss"] < recipe["loss_start"]) and 3 < recipe["loss_start"] < 6
     assert (recipe["activations"], recipe["weights"], recipe["grid"]) == (8, False, None)
