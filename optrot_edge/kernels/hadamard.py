@@ -18,7 +18,7 @@ except ImportError:  # see launch.py
 TRITON_DTYPES = (torch.float32, *HALF_DTYPES)
 LARGEST_CORE = 64  # a larger core is a matrix product, which the twin leaves to cuBLAS
 _TILE = 4096  # elements per program, unless one block is larger
-_FACTOR = 32  # the twin's products; seven times as fast as butterflies for blocks of 512 on a CPU
+_FACTOR = 32  # order of the twin's products
 _LARGEST_TILE = 16384  # in float32 it fits the shared memory of a consumer GPU (99 KiB)
 
 

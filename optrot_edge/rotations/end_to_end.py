@@ -16,7 +16,7 @@ are rounded (see `rounding`). What the papers leave open, or their code does oth
 * The loss is measured on windows that are not trained on, before and after; where it does not fall the start is kept.
 
 Memory: one layer at a time, or all that fit half the spare memory; the residual stream of a step before every layer,
-or, if they fit the other half, all activations, which saves computing them twice; the head; for OSTQuant the float
+or, if they fit the other half, all activations, which saves computing them twice; the head; for the KL the float
 model's final hidden states (tokens × hidden × 4 bytes).
 """
 
