@@ -30,8 +30,8 @@ def title(bits: int, activations: int, quantizer: str, online: bool, grid: str) 
 
 
 def tables(results: dict) -> list[dict]:
-    """`title`, `rows` (of `results`), `cells` (COLUMNS as text) and `notes` of every table; arms that R3 and
-    R4 do not go with stand in those with and without."""
+    """`title`, `rows` (of `results`), `cells` (COLUMNS as text) and `notes` of every table, arms in the order they were
+    asked for; those that R3 and R4 do not go with stand in the tables with and without."""
     shared = results["settings"]["recipe"]
     grid = f"groups of {shared['group_size']}, {OFFSETS[shared['grid']]}"
     rows, found = results["rows"], []
@@ -39,8 +39,9 @@ def tables(results: dict) -> list[dict]:
     online = {"no": (False,), "yes": (True,), "both": (False, True)}[lists["online"]]
     for bits, quantizer, on, activations in itertools.product(*(dict.fromkeys(values) for values in (
             lists["bits"], lists["quantizers"], online, lists["activations"]))):
-        of = [row for row in rows if setting(row)[:3] == (bits, activations, quantizer)
-              and (row["online"] == on or not ARMS[row["arm"]].takes_online)]
+        of = sorted((row for row in rows if setting(row)[:3] == (bits, activations, quantizer)
+                     and (row["online"] == on or not ARMS[row["arm"]].takes_online)),
+                    key=lambda row: lists["rotations"].index(row["arm"]))
         base = next((row for row in of if row["arm"] == BASE and row["status"] == "measured"), None)
         found.append({"title": title(bits, activations, quantizer, on, grid), "rows": of, "online": on,
                       "cells": [cells(row, base) for row in of],
