@@ -34,8 +34,8 @@ E2eActivations = Annotated[int | None, typer.Option(help="Bits of the activation
                                                          "4, 8 or 16 (default: the variant's).")]
 E2eLoss = Annotated[str | None, typer.Option(help="What they learn from: cross-entropy, or kl-top (from the original, "
                                                   "over its 1,000 likeliest tokens) (default: kl-top).")]
-E2eLr = Annotated[float | None, typer.Option(help="Their learning rate at the first step (default: spinquant 30 "
-                                                  "at 8 bits, else 1.5; ostquant 0.02).")]
+E2eLr = Annotated[float | None, typer.Option(help="Their learning rate at the first step (default: spinquant 30, "
+                                                  "its variants 1.5, ostquant 0.02).")]
 R4Block = Annotated[int, typer.Option(help="Block of the online Hadamard R4: a power of two that divides the "
                                             "feed-forward length, such as 64, 128, 256 or 512.")]
 Solver = Annotated[str, typer.Option(help="OptRot solver: polar (fast) or cayley (the paper's).")]

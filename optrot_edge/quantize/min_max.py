@@ -41,8 +41,7 @@ def weight_error(weight: torch.Tensor, grid: Grid, *, through_range: bool = Fals
     with torch.set_grad_enabled(through_range and torch.is_grad_enabled()):
         scale, offset = block_scales(blocks, grid.spec)
     with torch.no_grad():
-        step, offset = scale.detach(), None if offset is None else offset.detach()
-        error = grid.values_of(grid.codes_of(blocks, step, offset), step, offset).sub_(blocks)
+        error = grid.values_of(grid.codes_of(blocks, scale, offset), scale, offset).sub_(blocks)
         if through_range:
-            error.div_(torch.where(step == 0, 1.0, step))
+            error.div_(torch.where(scale == 0, 1.0, scale))
     return (error * scale if through_range else error).view(weight.shape)

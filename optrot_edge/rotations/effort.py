@@ -15,7 +15,7 @@ def end_to_end_effort(config, recipe, body: int) -> tuple[int, int]:
     head = config.vocab_size * hidden
     rows = body // hidden if options.weights else 0
     products = hidden**2 * (6 * config.num_hidden_layers * options.tokens + 6 * rows)
-    step = 6 * options.tokens * (body + head) + (4 if options.through_range else 2) * products
+    step = 6 * options.tokens * (body + head) + 4 * products
     activations = 4 * options.tokens * config.num_hidden_layers * (16 * hidden + 8 * config.intermediate_size)
     return options.steps * step, min(4 * body + activations, spare_memory("cpu")) + 4 * head
 

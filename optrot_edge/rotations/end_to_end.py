@@ -5,7 +5,7 @@ are rounded (see `rounding`). What the papers leave open, or their code does oth
 
 * Both start from random Hadamards and round every decoder linear's input per token, asymmetric, to its smallest and
   largest entry; keys and values stay in float, for that is how the comparison is run.
-* SpinQuant: Cayley SGD, learning rate 1.5 (30 for activations of 8 bits) falling linearly to 0 (in its code along a
+* SpinQuant: Cayley SGD, learning rate 1.5 (30 for 8-bit activations) falling linearly to 0 (in its code along a
   cosine) over 100 steps, one R2 per KV head. After a step R is brought back to the group by Newton-Schulz (its code
   does a QR now and then). Steps of 1,024 tokens, its own are of 16,384; with so few, cross-entropy and gradients that
   pass straight through the rounding of activations alone, as it has them, are mostly noise
