@@ -83,6 +83,20 @@ def test_other_commands_refuse_torchrun(tmp_path):
     assert done.returncode != 0 and done.stderr.count("torchrun serves rotate, quantize and export") == 1
 
 
+@pytest.mark.slow
+def test_an_error_waits_for_rank_0_to_say_it(tmp_path):
+    command = [sys.executable, "-m", "optrot_edge", "inspect", str(tmp_path / "model")]
+    ranks = [{**os.environ, "RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
+    other = subprocess.Popen(command, env=ranks[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        said = subprocess.run(command, env=ranks[0], capture_output=True, text=True, timeout=300)
+        assert said.returncode == 2 and "torchrun serves" in said.stderr
+        assert other.poll() is None
+    finally:
+        other.terminate()
+    assert other.communicate(timeout=300)[0] == b""
+
+
 def test_alone_nothing_is_shared(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     world = World()
