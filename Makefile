@@ -34,9 +34,10 @@ test: $(STAMP)  ## all tests, the slow ones too
 lint: $(STAMP)  ## ruff
 	$(BIN)/python -m ruff check .
 
-bench: $(STAMP)  ## the benchmarks that need no GPU; tables here, JSON in benchmarks/results
-	$(BIN)/python benchmarks/gguf_vs_llama_quantize.py
-	$(BIN)/python benchmarks/damping.py
+bench: $(STAMP)  ## two of the benchmarks, on a text at hand; tables here, JSON in out/bench
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/gguf_vs_llama_quantize.py --out out/bench/gguf_vs_llama_quantize.json
+	$(BIN)/python benchmarks/damping.py --out out/bench/damping.json
 
 gpu-check:  ## kernels and benchmarks on a CUDA GPU with $(PYTHON); installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(STEPS)

@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from tests import llama_tools  # noqa: F401 (knows the user's cache folder from now on)
+
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Without an NVIDIA device Triton's kernels run in its interpreter, on CPU tensors. The variable is
 # read when a kernel is defined, so it is set before anything imports triton.
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test finds what another session, or the user, has kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # the user's, not that of the tests
+
 
 def _folder() -> Path:
     """Where `benchmarks/llama_tools.py` keeps what belongs to the installed llama-cpp-python."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "optrot-edge" / f"llama.cpp-{importlib.metadata.version('llama-cpp-python')}"
+    return CACHE / "optrot-edge" / f"llama.cpp-{importlib.metadata.version('llama-cpp-python')}"
 
 
 def llama_tool(name: str) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from optrot_edge import pipeline
+from optrot_edge.runtime.evaluate import write_reference_file
 from optrot_edge.runtime.metrics import Scores
 from optrot_edge.runtime.onnx import OnnxBackend
 from optrot_edge.runtime.reference import save_reference
@@ -194,6 +195,21 @@ def test_webgpu_computes_the_same(site, made):
     assert said["ids"] == greedy(made[0] / "model", "Hi", SETTINGS["max_new_tokens"])
     assert checked["kind"] == "pass"
     assert checked["numbers"]["kl_mean"] == pytest.approx(expected["numbers"]["kl_mean"], rel=1e-3)
+
+
+def test_a_tokenizer_that_adds_bos(site, made):
+    """The reference's probe holds none, its windows begin with one."""
+    root, _ = made
+    source = save_tiny(root / "adds bos", "llama", tokenizer="llama-bpe")
+    pipeline.export(source, root / "bos", format="onnx", rotation="none", quantizer="rtn", calibration="none")
+    write_reference_file(source, root / "bos.json.gz", text=(root / "text.txt").read_text(), windows=3, window=48)
+    good = site.mounts["reference.json.gz"]
+    site.mounts |= {"bos": root / "bos", "reference.json.gz": root / "bos.json.gz"}
+    try:
+        *_, checked = site.visit("?model=./bos/", {"load": True}, {"check": True})
+    finally:
+        site.mounts["reference.json.gz"] = good
+    assert not checked["problem"] and checked["kind"] == "pass"
 
 
 def test_damage_fails_the_check(site, made):

@@ -40,7 +40,7 @@ def make_tiny_reference(source: Path, text: str, probe: str, windows: int = 4, l
 def encode_plain(tokenizer, text: str) -> list[int]:
     """Ids with special tokens read as plain text, as the project's own tokenizers do."""
     tokenizer.encode_special_tokens = True
-    ids = tokenizer.encode(text).ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
     tokenizer.encode_special_tokens = False
     return ids
 

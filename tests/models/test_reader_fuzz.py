@@ -47,7 +47,7 @@ def damage(data: bytes, header: int, changes) -> bytes:
 
 def read_everything(path, folder) -> bool:
     """Whether the model could be read; only InputError may say that it could not."""
-    start = time.monotonic()
+    start = time.process_time()
     try:
         source = open_model(path)
         tensors = [source.embedding(), source.final_norm(), source.lm_head()]
@@ -58,7 +58,7 @@ def read_everything(path, folder) -> bool:
         assert str(error)
         return False
     finally:
-        assert time.monotonic() - start < SECONDS
+        assert time.process_time() - start < SECONDS
     assert all(tensor is None or torch.isfinite(tensor).all() for tensor in tensors)
     assert all(math.isfinite(frequency) for frequency in source.config.rope_inv_freq())
     json.dumps(source.config.to_dict(), allow_nan=False)

@@ -139,12 +139,12 @@ export class Engine {
   }
 
   /**
-   * Whether this tokenizer gives the reference's ids. A reference reads "<|" marks as plain text, which
-   * transformers.js cannot be told to do: the comparison ends before the first of them.
+   * Whether this tokenizer gives the reference's ids, which hold no BOS. A reference reads "<|" marks as plain
+   * text, which transformers.js cannot be told to do: the comparison ends before the first of them.
    */
   splitsLike({ text, ids }) {
     const end = text.search(/\s*<\|/);
-    const own = this.tokenizer.encode(end < 0 ? text : text.slice(0, end));
+    const own = this.tokenizer.encode(end < 0 ? text : text.slice(0, end), { add_special_tokens: false });
     const same = own.length - (end < 0 ? 0 : 1); // the last may be another where the text goes on
     return (end >= 0 || own.length === ids.length) && own.slice(0, same).every((id, i) => id === ids[i]);
   }
