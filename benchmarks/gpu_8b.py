@@ -108,7 +108,7 @@ def optrot_8b_step(device: str) -> dict:
     model.layer(0)  # warms up
     draw_s, _ = clocked(device, model.draw_all)
     timings = [{"what": "random Hadamard start, on the CPU", "seconds": start_s, "gib": None},
-               {"what": "drawing all layers once (part of every pass)", "seconds": draw_s, "gib": None}]
+               {"what": "drawing all layers once (part of the first pass)", "seconds": draw_s, "gib": None}]
     checks = []
     for name, options in settings.items():
         if device == "cuda":

@@ -9,8 +9,8 @@ Steps: kernels (each against its torch twin), objective, hadamard, fake-quant (e
 quantizer (the GPU against the CPU, then times), gptq (timed against its plain loop and its products alone, and over
 8B-shaped layers), optrot-8b (a rotation of an 8B-shaped model from end to end). Imports torch, triton, numpy and
 safetensors besides this repository; installs nothing. Each step prints tables and is merged into
-benchmarks/results/gpu_check.json under its own name. Exit codes: 0 all steps passed, 1 one failed, 2 bad usage or
-no GPU.
+benchmarks/results/gpu_check.json under its own name, one that breaks off with its error; where that leaves the GPU
+unusable for the steps after it, pick those again. Exit codes: 0 all steps passed, 1 one failed, 2 bad usage or no GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.steps or without_gpu or STEPS:
         print(f"== {name}", flush=True)
         start = time.perf_counter()
-        result = STEPS[name]("cpu" if without_gpu else "cuda")
+        try:
+            result = STEPS[name]("cpu" if without_gpu else "cuda")
+        except Exception as error:  # of one step: the others are to be run and kept all the same
+            traceback.print_exc()
+            result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:2000]}
         result |= {"seconds": round(time.perf_counter() - start, 1), "environment": environment()}
         for table in ("worst", "checks", "timings", "rows", "hessian"):
             if table in result:

@@ -14,7 +14,7 @@ import torch
 from gptq_loop import plain_gptq
 from gpu_8b import StreamedModel
 from gpu_road import OUTPUT_TOLERANCE, calibration, check, hessian_of, outcome, synchronize
-from gpu_speed import milliseconds
+from gpu_speed import milliseconds, products_in
 
 from optrot_edge.checkpoint import CheckpointWriter
 from optrot_edge.kernels.gptq import BLOCK
@@ -68,7 +68,7 @@ def matrix_row(device: str, name: str, out: int, width: int) -> tuple[dict, list
                  "factor": partial(prepare_hessian, hessian, damp=0.1),
                  "fit": partial(grid.fit, weight, hessian.diagonal()),
                  "gptqmodel": peer(weight, hessian)}
-    times, failed = milliseconds(device, functions, repeats=5)
+    times, failed = milliseconds(device, functions, repeats=5, ahead=False)
     plain = partial(plain_gptq, weight, prepared, grid, params, dtype=torch.float32)
     errors = [output_error((weight - grid.decode(codes, params)).double(), hessian) for codes in (gptq(
         weight, prepared, grid, params), plain())]  # the plain loop is warm by now
@@ -125,21 +125,19 @@ def hessian_rows(device: str) -> list[dict]:
     """
     rows = []
     tokens, widths = (16384, (4096, 14336)) if device == "cuda" else (64, (32,))
-    previous = torch.get_float32_matmul_precision()
     for width in widths:
         x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
         half, total = x.bfloat16(), torch.zeros(width, width, device=device)
         exact = x[:, :32].double().T @ x.double()
         mixed = {"out_dtype": torch.float32} if device == "cuda" else {}  # no such product on a CPU
         for precision in ("float32", "tf32", "bfloat16"):
-            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
             add = partial(torch.mm, half.T, half, **mixed) if precision == "bfloat16" else partial(
                 torch.addmm, total, x.T, x)
-            error = float((add()[:32].double() - exact).norm() / exact.norm())
-            taken = milliseconds(device, {"kernel": add})[0]["kernel"]
+            with products_in("tf32" if precision == "tf32" else "float32"):
+                error = float((add()[:32].double() - exact).norm() / exact.norm())
+                taken = milliseconds(device, {"kernel": add})[0]["kernel"]
             rows.append({"precision": precision, "tokens": tokens, "width": width, "ms": taken,
                          "tflops": 2e-9 * tokens * width**2 / taken, "relative_error": error})
-    torch.set_float32_matmul_precision(previous)
     return rows
 
 

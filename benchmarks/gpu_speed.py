@@ -7,6 +7,7 @@ in Triton's interpreter, and only the steps' own code is checked.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,13 +29,15 @@ BLOCKS = ((1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (1, 4096), (1, 16384
           (12, 1024), (20, 256), (28, 512))
 COMPILED_BLOCKS = (128, 4096)  # torch.compile takes long over the twin's many stages
 DENSE_BLOCK = 4096  # largest block that is also timed as one dense product
+AHEAD = 2_000_000  # cycles, about a millisecond: many times what it takes to launch a kernel
 REPEATS = 15  # timed calls per function; their median is reported
 
 
-def milliseconds(device: str, functions: dict[str, Callable | None], repeats: int = REPEATS) -> tuple[dict, dict]:
+def milliseconds(device: str, functions: dict[str, Callable | None], repeats: int = REPEATS, *,
+                 ahead: bool = True) -> tuple[dict, dict]:
     """Median time of each function, timed in turn so that a drifting clock hits all alike, and what failed.
 
-    A function that raises (no compiler, no memory) or is None has no time.
+    A function that raises (no compiler, no memory) or is None has no time. `ahead`: see `once`.
     """
     if device == "cpu":
         repeats, warm = 1, 0
@@ -45,7 +48,7 @@ def milliseconds(device: str, functions: dict[str, Callable | None], repeats: in
     for repeat in range(repeats + warm):
         for name in list(times):
             try:
-                taken = once(device, functions[name])
+                taken = once(device, functions[name], ahead)
             except Exception as error:  # any contender may be missing its compiler; the kernels' own step is strict
                 if name.startswith("kernel"):
                     raise
@@ -57,13 +60,16 @@ def milliseconds(device: str, functions: dict[str, Callable | None], repeats: in
     return {name: sorted(times[name])[repeats // 2] if name in times else None for name in functions}, failures
 
 
-def once(device: str, function: Callable) -> float:
-    """Milliseconds of one call."""
+def once(device: str, function: Callable, ahead: bool = True) -> float:
+    """Milliseconds of one call. `ahead`: the GPU is kept busy until the host has launched the first kernels, so that
+    only their own time counts; without, for functions of many launches, what the host takes counts too."""
     if device == "cpu":
         start = time.perf_counter()
         function()
         return 1e3 * (time.perf_counter() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if ahead:
+        torch.cuda._sleep(AHEAD)
     start.record()
     function()
     end.record()
@@ -104,25 +110,33 @@ def eager(x: torch.Tensor, r: torch.Tensor, weights: torch.Tensor):
 def objective_step(device: str) -> dict:
     """One loss and gradient of the objective: kernels against cuBLAS and elementwise operations."""
     rows, failures = [], {}
-    previous = torch.get_float32_matmul_precision()
     for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "bf16")):
-        # The same products in every column.
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        for name, (n, d) in (LLAMA_8B if device == "cuda" else TINY).items():
-            problem = random_problem(n, d, d, dtype, device, weighted=True)
-            kernel = partial(fourth_power_triton, *problem, precision=precision)
-            fast = compiled(device, eager)
-            functions = {"eager": partial(eager, *problem),
-                         "compiled": None if fast is None else partial(fast, *problem),
-                         "kernel_fused": partial(kernel, fused=True),
-                         "kernel_separate": partial(kernel, fused=False) if precision == "ieee" else None}
-            times, failed = milliseconds(device, functions)
-            failures |= failed
-            chosen = "kernel_separate" if precision == "ieee" else "kernel_fused"
-            row = timed_row({"matrices": name, "n": n, "d": d, "precision": precision}, times, "eager", chosen)
-            rows.append(row | {"tflops": 4e-9 * n * d * d / times[chosen]})
-    torch.set_float32_matmul_precision(previous)
+        with products_in("tf32" if precision == "tf32" else "float32"):  # the same in every column
+            for name, (n, d) in (LLAMA_8B if device == "cuda" else TINY).items():
+                problem = random_problem(n, d, d, dtype, device, weighted=True)
+                kernel = partial(fourth_power_triton, *problem, precision=precision)
+                fast = compiled(device, eager)
+                functions = {"eager": partial(eager, *problem),
+                             "compiled": None if fast is None else partial(fast, *problem),
+                             "kernel_fused": partial(kernel, fused=True),
+                             "kernel_separate": partial(kernel, fused=False) if precision == "ieee" else None}
+                times, failed = milliseconds(device, functions)
+                failures |= failed
+                chosen = "kernel_separate" if precision == "ieee" else "kernel_fused"
+                row = timed_row({"matrices": name, "n": n, "d": d, "precision": precision}, times, "eager", chosen)
+                rows.append(row | {"tflops": 4e-9 * n * d * d / times[chosen]})
     return result(device, rows, failures)
+
+
+@contextlib.contextmanager
+def products_in(precision: str):
+    """torch's products of float32 matrices in "tf32" or "float32", and afterwards as they were."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
 
 
 def dao_transform(block: int, order: int) -> Callable | None:

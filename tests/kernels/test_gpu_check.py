@@ -83,6 +83,24 @@ def test_a_contender_that_cannot_run_is_named_and_a_kernel_that_cannot_run_is_an
         gpu_speed.milliseconds("cpu", {"kernel": broken})
 
 
+def test_a_step_that_breaks_off_is_recorded_and_the_others_run(tmp_path):
+    """With its error; what it set is set back."""
+    out = tmp_path / "out.json"
+    program = f"""
+import sys; sys.argv = ['gpu_check.py', '--interpret']
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import gpu_check, gpu_speed, torch
+gpu_speed.random_problem = lambda *_, **__: 1 / 0
+gpu_check.IN_INTERPRETER = {{name: gpu_check.IN_INTERPRETER[name] for name in ('objective', 'fake-quant')}}
+print('ended', gpu_check.main(['--interpret', '--out', {str(out)!r}]), torch.get_float32_matmul_precision())
+"""
+    run = python("-c", program)
+    assert "ended 1 highest" in run.stdout and "FAILED: objective" in run.stdout, run.stdout + run.stderr
+    steps = json.loads(out.read_text())
+    assert steps["objective"]["error"] == "ZeroDivisionError: division by zero" and not steps["objective"]["passed"]
+    assert steps["fake-quant"]["rows"] and "ZeroDivisionError" in run.stderr
+
+
 def test_gptqs_bars_fail_what_is_too_slow(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import gpu_gptq
