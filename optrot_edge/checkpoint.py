@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.gridspec import FLOAT_TYPES, GGUF_GRIDS, STORED_DTYPES, GridSpec, decode_scales, grid_spec
 from optrot_edge.journal import move_folder, restore_folder
 
@@ -169,7 +169,7 @@ class CheckpointWriter:
 
     Use as a context manager: leaving it without `finish` removes the temporary folder. `overwrite`
     replaces a checkpoint or an empty folder, never anything else. Raises InputError when `path` is
-    taken or cannot be written.
+    taken, StorageError when it cannot be written.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False):
@@ -204,7 +204,7 @@ class CheckpointWriter:
                 save_input_sums(self.work / (INPUTS + file), inputs)
             self.tensors |= save_shard(self.work / file, tensors, file)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.path} cannot be written: {error}") from None
+            raise StorageError(f"{self.path} cannot be written: {error}") from None
 
     def adopt(self, better: Path, note: str, about: dict) -> None:
         """Put the shards of the folder `better` in the place of those of the same names; `note` is for writers that
@@ -219,7 +219,7 @@ class CheckpointWriter:
             (self.work / MANIFEST).write_text(text, encoding="utf-8")
             move_folder(self.work, self.path)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error}") from None
+            raise StorageError(f"{self.path} cannot be written: {error}") from None
         return self.path
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.models.gguf_parts import siblings
 
 MAGIC, VERSION = b"GGUF", 3
@@ -134,7 +134,7 @@ class GGUFFile:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            raise InputError(f"cannot write {path}: {error}") from None
+            raise StorageError(f"cannot write {path}: {error}") from None
 
     def _parse(self, cursor: _Cursor) -> None:
         cursor.take(4)

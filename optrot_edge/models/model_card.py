@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from gguf import GGUFWriter, Metadata
 
-from optrot_edge.errors import InputError
+from optrot_edge.errors import StorageError
 
 MODEL_CARD = "README.md"
 SAMPLING = "generation_config.json"
@@ -54,7 +54,7 @@ def save_card(source: Path, folder: Path, name: str, weights: int) -> list[Path]
             writer.close()
         return [partial.replace(path)]
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
+        raise StorageError(f"cannot write {path}: {error}") from None
     except _BAD_CARD as error:
         partial.unlink(missing_ok=True)
         reason = " ".join(str(error).split())

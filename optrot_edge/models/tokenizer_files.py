@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from optrot_edge.errors import InputError
+from optrot_edge.errors import StorageError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -24,7 +24,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
-    """Copy the tokenizer in `source` into `folder`; the copies. Raises InputError."""
+    """Copy the tokenizer in `source` into `folder`; the copies. Raises StorageError."""
     copies = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,5 +35,5 @@ def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
             shutil.copyfile(path, partial)
             copies.append(partial.replace(out))
     except OSError as error:
-        raise InputError(f"cannot copy the tokenizer to {folder}: {error}") from None
+        raise StorageError(f"cannot copy the tokenizer to {folder}: {error}") from None
     return copies

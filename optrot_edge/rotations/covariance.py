@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.kernels.hadamard import block_hadamard
 from optrot_edge.models import forward
 from optrot_edge.models.config import ModelConfig
@@ -78,14 +78,14 @@ def collect(source, tokens: torch.Tensor, *, device: str = "cpu", batch_size: in
     They take `4 (3 hidden² + intermediate²)` bytes per layer (when heads · head_dim = hidden): 30 GiB for
     Llama-3-8B. The new folder is made in `folder`, by default where temporary files go. The residual stream lies in
     the folder `scratch`, if given.
-    Raises InputError when there are fewer tokens than residual dimensions, when the model overflows,
-    or when the disk is full; nothing is left behind then.
+    Raises InputError when there are fewer tokens than residual dimensions or the model overflows, StorageError when the
+    disk is full; nothing is left behind then.
     """
     check_tokens(tokens.numel(), source.config.hidden_size)
     try:
         made = Path(tempfile.mkdtemp(prefix=".optrot-covariances-", suffix=".partial", dir=folder))
     except OSError as error:
-        raise InputError(f"cannot make a temporary folder in {folder}: {error.strerror}") from None
+        raise StorageError(f"cannot make a temporary folder in {folder}: {error.strerror}") from None
     try:
         _collect(source, tokens, device, batch_size, made, scratch, progress)
     except BaseException:
@@ -114,7 +114,7 @@ def _collect(source, tokens, device, batch_size, folder: Path, scratch, progress
         try:
             save_file(means, folder / f"{index:05d}.safetensors")
         except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write covariances to {folder.parent}: {error}") from None
+            raise StorageError(f"cannot write covariances to {folder.parent}: {error}") from None
         if progress:
             progress(index + 1, config.num_hidden_layers)
     stream.close()

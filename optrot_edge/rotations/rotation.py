@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.models.config import ModelConfig
 
 ORTHOGONALITY = 1e-12  # largest entry of |RᵀR − I| that a stored rotation may have, in float64
@@ -120,7 +120,7 @@ class Rotation:
             save_file(tensors, partial, metadata={"optrot": json.dumps(self.describe())})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write {path}: {error}") from None
+            raise StorageError(f"cannot write {path}: {error}") from None
         finally:
             partial.unlink(missing_ok=True)
 
