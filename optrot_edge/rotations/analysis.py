@@ -15,6 +15,9 @@ linears that read it, relative to the outputs, over 1,024 sampled tokens (others
 won), by Adam with a cosine step, weights rounded with scales from the range (`quantize.min_max`), gradients through the
 range. (FlatQuant's loss is that of a decoder layer's output.) What is learned depends on the grid and on the bits of
 the activations, not on the quantiser, so one `LearnedTransforms` serves both. The body is held in memory, float32.
+
+GPTQ sees what the layers quantised before give a layer, but all four inputs of a layer as its float weights make them
+(`optrot_edge.quantize.sequential` collects o's and down's after the layer's earlier matrices are rounded).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
 from optrot_edge.models.activations import FLOAT, check_activations, rounding_error
@@ -50,9 +53,9 @@ RATES = {"flatquant": 0.005, "butterflyquant": 0.02}  # of Adam: entries of the 
 
 @dataclass
 class AnalysisOptions:
-    """`method` of `baselines.ONLINE`; `grid`: the body's type; `quantizer` "gptq" (plain, act-order) or "rtn"
-    (searched scales), of the transformed weights; `activations`: bits they are learned for; `steps` per input.
-    Raises InputError on values out of range."""
+    """`method` of `baselines.ONLINE`; `grid`: the body's type; `quantizer` "gptq" (plain, with `damp` and `act_order`)
+    or "rtn" (scales fit the weights alone), of the transformed weights; `activations`: bits they are learned for;
+    `steps` per input. Raises InputError on values out of range."""
 
     method: str
     grid: str = "q4_0"
@@ -60,6 +63,7 @@ class AnalysisOptions:
     activations: int = FLOAT
     steps: int = 100
     damp: float = 0.1
+    act_order: bool = True
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -118,7 +122,7 @@ class LearnedTransforms:
         return {"steps": self.steps, "tokens_per_step": self.tokens, "loss_start": before, "loss": after}
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file; InputError when that fails."""
+        """Write to one safetensors file; StorageError when that fails."""
         tensors = {f"{index}.{kind}.{name}": tensor.detach().cpu().contiguous()
                    for index, layer in enumerate(self.layers) for kind, transform in layer.items()
                    for name, tensor in transform.tensors().items()}
@@ -126,7 +130,7 @@ class LearnedTransforms:
         try:
             save_file(tensors, path, metadata={"optrot-transforms": json.dumps(about)})
         except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write {path}: {error}") from None
+            raise StorageError(f"cannot write {path}: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> LearnedTransforms:
@@ -292,11 +296,13 @@ def quantised(weight: torch.Tensor, hessian: torch.Tensor, transform, options: A
     if outer is not None:
         turned = outer.apply(turned.T).T
     turned = turned.float().contiguous()
-    h = transform.apply(transform.apply(hessian.double()).T.contiguous())
-    params = grid.fit(turned, h.diagonal())
-    codes = grid.round(turned, params)
-    if options.quantizer == "gptq":
-        codes = gptq(turned, prepare_hessian(h, damp=options.damp), grid, params)
+    if options.quantizer == "rtn":
+        params = grid.fit(turned)
+        codes = grid.round(turned, params)
+    else:
+        h = transform.apply(transform.apply(hessian.double()).T.contiguous())
+        params = grid.fit(turned, h.diagonal())
+        codes = gptq(turned, prepare_hessian(h, damp=options.damp, act_order=options.act_order), grid, params)
     decoded = grid.decode(codes, params).double()
     if outer is not None:
         decoded = outer.undo(decoded.T).T

@@ -39,7 +39,7 @@ from optrot_edge.rotations.baselines import EndToEndOptions
 from optrot_edge.rotations.distributed import spare_memory
 from optrot_edge.rotations.optrot_plus import start_log_scales
 from optrot_edge.rotations.rotation import Rotation, projected, scale_widths
-from optrot_edge.rotations.rounding import LayerBasis, Rounding, rounded_layer
+from optrot_edge.rotations.rounding import LayerBasis, Rounding, rounded_inputs, rounded_layer
 from optrot_edge.rotations.sampling import batches
 from optrot_edge.rotations.solvers import RiemannAdam, cayley_step, nearly_orthogonal
 
@@ -87,14 +87,20 @@ class QuantizedNetwork:
         """The last layer's output [b, length, hidden], in the float model's basis."""
         x = F.embedding(self.places[windows], self.table).to(self.device, self.dtype)
         grad = torch.is_grad_enabled() and not self.keeps_activations
+        r1 = point.r1 if self.rounding.grids else None
+        x = x if r1 is None else x @ r1
         for index in range(self.config.num_hidden_layers):
             x = checkpoint(self._run, x, index, point, use_reentrant=False) if grad else self._run(x, index, point)
-        return x
+        return x if r1 is None else x @ r1.T
 
     def _run(self, x: torch.Tensor, index: int, point: Rotation) -> torch.Tensor:
-        basis = LayerBasis(point, index, self.config)
-        layer = rounded_layer(self.layer(index, basis), basis, self.rounding)
-        return forward.decoder_layer(x, layer, self.config, self.rope)
+        basis, r4 = LayerBasis(point, index, self.config), None
+        layer = self.layer(index, basis)
+        if self.rounding.grids:
+            layer, r4 = rounded_layer(layer, point, index, self.config, self.rounding), point.r4_block
+        else:
+            layer = rounded_inputs(layer, basis, self.rounding)
+        return forward.decoder_layer(x, layer, self.config, self.rope, r4_block=r4)
 
     def loss(self, windows: torch.Tensor, point: Rotation) -> float:
         """Mean loss of `windows` per token, in nats; its gradient is added to the point's tensors that want one."""
@@ -211,10 +217,10 @@ def learn_end_to_end(source, name: str, start: Rotation, grid: str, tokens: torc
     """The rotation `name` of `baselines.END_TO_END` for the float model, learned from `start`.
 
     `grid` is the body's type, `tokens` int64 [windows, length], an eighth of which only judges.
-    `progress(step, steps, loss of the step)`. The recipe holds the options, the loss of every step (`loss_curve`), that
-    of the held-out windows before and after (`loss_start`, `loss`, nats per token), and whether the learned rotation
-    was `kept` for being the better of the two. Raises InputError with fewer than two windows, and when the loss is not
-    finite.
+    `progress(step, steps, loss of the step)`. The recipe holds the options, except that `objective` names the loss and
+    `tokens` counts those of a step's whole windows, the loss of every step (`loss_curve`), that of the held-out windows
+    before and after (`loss_start`, `loss`, nats per token), and whether the learned rotation was `kept` for being the
+    better of the two. Raises InputError with fewer than two windows, and when the loss is not finite.
     """
     if len(tokens) < 2:
         raise InputError(f"--rotation {name} learns on windows of text and judges on others; give at least two "
@@ -225,7 +231,8 @@ def learn_end_to_end(source, name: str, start: Rotation, grid: str, tokens: torc
     learner = EndToEndLearner(network, start, options, generator)
     first = len(tokens) - max(1, len(tokens) // HELD_OUT)
     before, curve = learner.held_out(first, learner.point()), []
-    drawn = batches(first, max(1, options.tokens // tokens.shape[1]), generator)
+    together = min(first, max(1, options.tokens // tokens.shape[1]))
+    drawn = batches(first, together, generator)
     for step in range(options.steps):
         curve.append(learner.step(next(drawn), step / options.steps))
         if progress:
@@ -235,7 +242,8 @@ def learn_end_to_end(source, name: str, start: Rotation, grid: str, tokens: torc
     kept = after < before
     if not kept:
         learned = Rotation(name, start.r1, start.r2, start.r3_block, start.r4_block, dict(start.recipe), start.scales)
-    learned.recipe |= {**vars(options), "grid": grid if options.weights else None, "calibration_tokens": tokens.numel(),
+    learned.recipe |= {**vars(options), "objective": options.loss, "tokens": together * tokens.shape[1],
+                       "grid": grid if options.weights else None, "calibration_tokens": tokens.numel(),
                        "kept": kept, "loss_start": before, "loss": after, "loss_curve": curve}
     return learned
 

@@ -1,11 +1,10 @@
-"""The rounding errors of the rotated model, seen from the float model's own basis.
+"""One layer of the rotated model as it computes once it is rounded, with gradients, in the cheaper of two bases.
 
-Fused rotations and scales change nothing but what rounding does. An input x that rounding meets as `z = x A` becomes
-`x + (Q(z) − z) A⁻¹`, a weight that it meets as `W' = L W A⁻ᵀ` becomes `W + L⁻¹ (Q(W') − W') Aᵀ`, and all else stays as
-it is. So the residual stream is never rotated, no weight is where only activations are rounded, and autograd
-needs products for the small rotated errors only: the float terms' share of the gradient lies off the orthogonal
-group (`R Rᵀ = I` does not change), where no step goes. R1 alone costs two products with `d × d` per input, R2 next
-to nothing.
+Fused rotations and scales change nothing but what rounding does, so where only activations are rounded the float
+model's own basis does: an input x that rounding meets as `z = x A` becomes `x + (Q(z) − z) A⁻¹`, and all else stays as
+it is. No weight is rotated, and R1 costs two products with `d × d` per input. Where weights are rounded, each has to be
+rotated anyway, and the whole model is computed in the rotated basis. The gradients differ in what lies off the
+orthogonal group (how the function changes where `R Rᵀ ≠ I`), where no step goes.
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ from optrot_edge.models.activations import FLOAT, rounding_error
 from optrot_edge.models.config import ModelConfig
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.min_max import weight_error
-from optrot_edge.rotations.covariance import INPUTS
+from optrot_edge.quantize.sequential import LINEARS
 from optrot_edge.rotations.fuse import READS, fold_norms, fuse_layer
 from optrot_edge.rotations.rotation import Rotation
-
-KIND_OF = {name: kind for kind, names in INPUTS.items() for name in names}
 
 
 @dataclass
@@ -48,8 +45,7 @@ class LayerBasis:
         self.r1, self.r4_block = rotation.r1, rotation.r4_block
         self.r2 = None if rotation.r2 is None else rotation.r2[index]
         scales = {name: scale[index] for name, scale in rotation.scales.items()}
-        self.scales = {"attn": scales.get("attn_norm"), "mlp": scales.get("mlp_norm"), "down": scales.get("up"),
-                       "value": scales.get("value")}
+        self.scales = {"attn": scales.get("attn_norm"), "mlp": scales.get("mlp_norm"), "down": scales.get("up")}
         if "value" in scales:
             per_head = scales["value"].view(config.num_key_value_heads, -1)
             self.scales["o"] = per_head.repeat_interleave(config.query_groups, dim=0).flatten()
@@ -70,25 +66,11 @@ class LayerBasis:
 
     def leave(self, kind: str, error: torch.Tensor) -> torch.Tensor:
         """`error A⁻¹`."""
-        return self._back(kind, error, lambda e, scale: e / scale)
-
-    def leave_weight(self, name: str, error: torch.Tensor) -> torch.Tensor:
-        """`L⁻¹ error Aᵀ` of the matrix `name` [out, in]."""
-        error = self._back(KIND_OF[name], error, lambda e, scale: e * scale)
-        if name in ("o_proj", "down_proj"):
-            return error if self.r1 is None else self.r1 @ error
-        scale = self.scales[{"v_proj": "value", "up_proj": "down"}[name]] if name in ("v_proj", "up_proj") else None
-        error = error if scale is None else error / scale[:, None]
-        if name == "v_proj" and self.r2 is not None:
-            error = (self.r2 @ error.view(*self.r2.shape[:2], -1)).flatten(0, 1)
-        return error
-
-    def _back(self, kind: str, error: torch.Tensor, unscale) -> torch.Tensor:
         scale = self.scales.get(kind)
         if kind == "down":
             error = block_hadamard(error, self.r4_block) if self.r4_block else error
-            return error if scale is None else unscale(error, scale)
-        return self._rotated(kind, error if scale is None else unscale(error, scale), back=True)
+            return error if scale is None else error / scale
+        return self._rotated(kind, error if scale is None else error / scale, back=True)
 
     def _rotated(self, kind: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
         """`x R1` or, for "o", `x blockdiag(R2)`; their transposes with `back`."""
@@ -101,22 +83,27 @@ class LayerBasis:
         return torch.einsum("...hgi,hij->...hgj", heads, r2).reshape(x.shape)
 
 
-def rounded_layer(layer: forward.Layer, basis: LayerBasis, rounding: Rounding) -> forward.Layer:
-    """`basis.prepared(layer)` as it computes once it is rotated and rounded, for `forward.decoder_layer`."""
-    layer = dict(layer)
+def rounded_inputs(layer: forward.Layer, basis: LayerBasis, rounding: Rounding) -> forward.Layer:
+    """`basis.prepared(layer)` for `forward.decoder_layer`, its inputs rounded as in the rotated layer."""
+    if rounding.activations == FLOAT:
+        return layer
     grad = rounding.through_range and torch.is_grad_enabled()
-    if rounding.grids:
-        with torch.set_grad_enabled(grad):
-            fused = fuse_layer(layer, basis.rotation, basis.index, basis.config)
-        for name in KIND_OF:
-            weight = fused[f"{name}.weight"]
-            error = weight_error(weight, rounding.grids[weight.shape[1]], through_range=grad)
-            layer[f"{name}.weight"] = layer[f"{name}.weight"] + basis.leave_weight(name, error)
-    if rounding.activations != FLOAT:
-        def rounded(kind: str, x: torch.Tensor) -> torch.Tensor:
-            with torch.set_grad_enabled(grad):
-                z = basis.enter(kind, x)
-            return x + basis.leave(kind, rounding_error(z, rounding.activations, through_range=grad))
 
-        layer["input"] = rounded
+    def rounded(kind: str, x: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(grad):
+            z = basis.enter(kind, x)
+        return x + basis.leave(kind, rounding_error(z, rounding.activations, through_range=grad))
+
+    return {**layer, "input": rounded}
+
+
+def rounded_layer(layer: forward.Layer, rotation: Rotation, index: int, config: ModelConfig,
+                  rounding: Rounding) -> forward.Layer:
+    """The float model's `layer` for `forward.decoder_layer`, rotated, its weights and its inputs rounded."""
+    grad = rounding.through_range and torch.is_grad_enabled()
+    layer = fuse_layer(layer, rotation, index, config)
+    for name in (f"{linear}.weight" for linear in LINEARS):
+        layer[name] = layer[name] + weight_error(layer[name], rounding.grids[layer[name].shape[1]], through_range=grad)
+    if rounding.activations != FLOAT:
+        layer["input"] = lambda kind, x: x + rounding_error(x, rounding.activations, through_range=grad)
     return layer

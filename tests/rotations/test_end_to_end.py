@@ -46,6 +46,12 @@ def learn(source, text, name, start=None, seed=0, **changes):
                             torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize(("windows", "asked", "seen"), [(64, 100, 96), (64, 10, 32), (8, 4096, 224)])
+def test_the_recipe_holds_the_tokens_a_step_had(source, tokens, windows, asked, seen):
+    """Whole windows of 32, no more than there are to learn on."""
+    assert learn(source, tokens[:windows], "spinquant", steps=1, tokens=asked).recipe["tokens"] == seen
+
+
 @pytest.mark.parametrize(("name", "changes"), [
     ("spinquant", {"steps": 30, "tokens": 1792}),
     ("spinquant-a4", {"lr": 5.0, "steps": 30, "tokens": 1792}),

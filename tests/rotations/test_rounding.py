@@ -1,4 +1,4 @@
-"""Rounding seen from the float model's basis is rounding in the rotated one, and its gradients are right."""
+"""The network that rotations are learned through is the rotated model rounded, and its gradients are right."""
 
 import pytest
 import torch
@@ -7,12 +7,13 @@ from optrot_edge.models import forward, open_model
 from optrot_edge.models.activations import fake_quantize_tokens
 from optrot_edge.quantize.grids import Grid
 from optrot_edge.quantize.min_max import block_scales, weight_error
+from optrot_edge.quantize.sequential import LINEARS
 from optrot_edge.rotations import rounding as module
 from optrot_edge.rotations.end_to_end import QuantizedNetwork
 from optrot_edge.rotations.fuse import RotatedModel
 from optrot_edge.rotations.optrot import initial_rotation
 from optrot_edge.rotations.rotation import Rotation, scale_widths
-from optrot_edge.rotations.rounding import KIND_OF, LayerBasis, Rounding
+from optrot_edge.rotations.rounding import LayerBasis, Rounding
 from tests.tiny_models import random_tokens
 
 CASES = ["smollm2", "llama_bias", "qwen2_untied", "qwen3"]
@@ -41,7 +42,7 @@ class Rounded:
 
     def layer(self, index, dtype):
         layer = self.model.layer(index, dtype)
-        for name in KIND_OF if self.grid else ():
+        for name in LINEARS if self.grid else ():
             weight = layer[f"{name}.weight"]
             layer[f"{name}.weight"] = weight + weight_error(weight, self.grid)
         return layer
@@ -84,10 +85,11 @@ def skew_direction(r, seed):
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-@pytest.mark.parametrize("loss", ["cross-entropy", "kl-top"])
-def test_gradients_against_finite_differences(tiny, monkeypatch, loss, keeps):
+@pytest.mark.parametrize(("loss", "bits", "weights"), [
+    ("cross-entropy", 8, True), ("kl-top", 8, True), ("kl-top", 16, True), ("kl-top", 8, False)])
+def test_gradients_against_finite_differences(tiny, monkeypatch, loss, bits, weights, keeps):
     """Straight through the rounding means: with its errors held fixed, as they are here. R1, R2 and all scales, in
-    float64, activations and weights rounded, checkpointed and not."""
+    float64, activations or weights rounded or both, checkpointed and not."""
     source, tokens = open_model(tiny("qwen2_untied")), random_tokens(2, 12)
     drawn = {}
 
@@ -101,8 +103,8 @@ def test_gradients_against_finite_differences(tiny, monkeypatch, loss, keeps):
     monkeypatch.setattr(module, "weight_error", lambda w, grid, through_range: fixed(("w", w.shape), w, 0.02))
     rotation = rotation_of(source.config, True)
     widths = {shape[1] for shape in source.family.layer_shapes(source.config).values() if len(shape) == 2}
-    network = QuantizedNetwork(source, Rounding(8, dict.fromkeys(widths, Grid("q4_0"))), loss, tokens, 24,
-                               dtype=torch.float64)
+    grids = dict.fromkeys(widths, Grid("q4_0")) if weights else None
+    network = QuantizedNetwork(source, Rounding(bits, grids), loss, tokens, 24, dtype=torch.float64)
     network.keeps_activations = True
     windows = torch.arange(2)
 
