@@ -10,8 +10,9 @@ paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solv
 
 The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. Its journal, with
 all that is measured, is kept in `--journal` too, from which a run without that folder goes on: on another machine, or
-for the figures alone. What tables need is written to `--out`, also what there is of a run that Ctrl-C stopped; and
-from that the part of docs/paper.md between the marks; `--write` does only that.
+for the figures alone; rows that only one of the two has are joined. What tables need is written to `--out`, also what
+there is of a run that Ctrl-C stopped; and from that the part of docs/paper.md between the marks; `--write` does only
+that. Lists may be measured in parts: what `--out` has besides stays in the tables.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from optrot_edge.compare.arms import ACTIVATIONS, ARMS
 from optrot_edge.compare.comparison import RESULTS, compare
 from optrot_edge.compare.tables import COLUMNS, about, tables
 from optrot_edge.errors import InputError
-from optrot_edge.journal import JOURNAL, commit
+from optrot_edge.fingerprint import differences
+from optrot_edge.journal import JOURNAL, Journal, Lock, commit
 from optrot_edge.terminal import Reporter, print_comparison
 
 HERE = Path(__file__).resolve().parent
@@ -52,27 +54,55 @@ def measure(options: argparse.Namespace) -> None:
     fields = {"calibration": options.calibration or str(files["calibration"]), "nsamples": options.nsamples,
               "seqlen": 256, "damp": 0.01, "r4_block": 512, "optrot_solver": options.solver, "seed": options.seed,
               "device": options.device}
-    folder = options.work / "paper"
-    restore_journal(options.journal, folder)
+    lists = {"rotations": listed(options.rotations), "bits": listed(options.bits, int),
+             "quantizers": listed(options.quantizers), "activations": listed(options.activations, int),
+             "online": options.online}
+    folder, refused = options.work / "paper", False
+    shown = widened(lists, options.out) if restore_journal(options.journal, folder) else None
     try:
         with Reporter() as reporter:
-            compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]),
-                    rotations=listed(options.rotations), bits=listed(options.bits, int), group_size=192,
-                    quantizers=listed(options.quantizers), activations=listed(options.activations, int),
-                    online=options.online, windows=options.windows, window=256, max_minutes=options.max_minutes,
+            compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]), group_size=192,
+                    **lists, shown=shown, windows=options.windows, window=256, max_minutes=options.max_minutes,
                     fields=fields, progress=reporter.update)
+    except InputError:
+        refused = True
+        raise
     finally:
-        keep_journal(folder, options.journal)
-        if (folder / RESULTS).exists():
-            found = shortened(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
-            save(options.out, found)
+        if not refused:
+            keep_journal(folder, options.journal)
+            if (folder / RESULTS).exists():
+                save(options.out, shortened(json.loads((folder / RESULTS).read_text(encoding="utf-8"))))
 
 
-def restore_journal(archive: Path, folder: Path) -> None:
-    """Have the comparison in `folder` go on where `archive` ends, unless it is further itself."""
-    if archive.is_file() and not (folder / JOURNAL).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        commit(folder / JOURNAL, lambda partial: partial.write_bytes(gzip.decompress(archive.read_bytes())))
+def widened(lists: dict, out: Path) -> dict:
+    """`lists` with what the JSON at `out`, if there is one, has besides, so that measuring in parts loses no table."""
+    before = json.loads(out.read_text(encoding="utf-8"))["lists"] if out.is_file() else lists
+    return {"rotations": sorted({*lists["rotations"], *before["rotations"]}, key=list(ARMS).index),
+            **{name: sorted({*lists[name], *before[name]}, reverse=True) for name in ("bits", "activations")},
+            "quantizers": sorted({*lists["quantizers"], *before["quantizers"]}),
+            "online": lists["online"] if lists["online"] == before["online"] else "both"}
+
+
+def restore_journal(archive: Path, folder: Path) -> bool:
+    """Have the comparison in `folder` go on where `archive` ends, with the rows of both; whether there is an archive.
+
+    InputError when the two are of other settings.
+    """
+    if not archive.is_file():
+        return False
+    stored = json.loads(gzip.decompress(archive.read_bytes()))
+    with Lock(folder.with_name(folder.name + ".lock")):
+        kept, mine = Journal(folder, stored["settings"], stored["entries"]), Journal.load(folder)
+        if mine is not None and (changed := differences(kept.settings, mine.settings)):
+            raise InputError(f"{archive} and {folder} hold comparisons of other settings: {'; '.join(changed)}. Choose "
+                             "another --work, or another --journal with its own --out")
+        if mine is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept.save()
+        elif missing := {name: entry for name, entry in kept.entries.items() if name not in mine.entries}:
+            mine.entries |= missing
+            mine.save()
+    return True
 
 
 def keep_journal(folder: Path, archive: Path) -> None:

@@ -14,9 +14,10 @@ FEWEST_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Arm:
-    """`rotation` and `fields` are a Recipe's. `per_grid`: learned for one grid, so once for every width of the weights.
-    `baseline`: a method of others that learns, whose row says whether it was reproduced. `analysis`: its transforms run
-    online, so that there is a model in memory only, see `optrot_edge.rotations.analysis`."""
+    """`label` may have a place for the `bits` of the weights. `rotation` and `fields` are a Recipe's. `per_grid`:
+    learned for one grid, so once for every width of the weights. `baseline`: a method of others that learns, whose row
+    says whether it was reproduced. `analysis`: its transforms run online, so that there is a model in memory only, see
+    `optrot_edge.rotations.analysis`."""
 
     name: str
     label: str
@@ -31,6 +32,14 @@ class Arm:
         """Whether R3 and R4 go with it; else it is one row for both."""
         return self.rotation != "none" and not self.analysis
 
+    def label_at(self, bits: int) -> str:
+        """What tables of so many bits call it."""
+        return self.label.format(bits=bits)
+
+    def legend(self, bits: int | None) -> str:
+        """The same beside other tables' arms: those that learn for one grid say its `bits`, None of the others."""
+        return self.label_at(bits) + (f", {bits} bits" if bits and self.label == self.label_at(bits) else "")
+
 
 _KNOWN = (
     Arm("none", "no rotation", "none"),
@@ -39,7 +48,7 @@ _KNOWN = (
     Arm("optrot-top50", "OptRot, top 50", "optrot", {"optrot_objective": "top-50"}),
     Arm("optrot+", "OptRot+", "optrot+", per_grid=True),
     Arm("spinquant", "SpinQuant", "spinquant", baseline=True),
-    Arm("spinquant-w4", "SpinQuant-W4", "spinquant-w4", per_grid=True, baseline=True),
+    Arm("spinquant-w4", "SpinQuant-W{bits}", "spinquant-w4", per_grid=True, baseline=True),
     Arm("spinquant-a4", "SpinQuant-A4", "spinquant-a4", baseline=True),
     Arm("kurtail", "KurTail", "kurtail", baseline=True),
     Arm("ostquant", "OSTQuant", "ostquant", per_grid=True, baseline=True),

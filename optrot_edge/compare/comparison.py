@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import warnings
@@ -14,21 +15,22 @@ from optrot_edge.compare.run import Comparison, learning_remarks
 from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import differences, fingerprint
 from optrot_edge.inputs import CalibrationInputs, Progress
-from optrot_edge.journal import Journal, Lock, commit, remove_folder
+from optrot_edge.journal import JOURNAL, Journal, Lock, commit, remove_folder
 from optrot_edge.rotating import needs_learn, quiet, resolve_device
 
 RESULTS = "results.json"
 KIND = "compare"  # of the journal
 
 
-def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = False, progress: Progress = quiet,
-            interrupted: Callable[[], bool] = lambda: False, **options) -> dict:
+def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = False, shown: dict | None = None,
+            progress: Progress = quiet, interrupted: Callable[[], bool] = lambda: False, **options) -> dict:
     """Measure `model` under every combination that `options` (CompareOptions') names against itself on `text` (a file,
     "builtin" or a hub dataset), and write tables and figures into the folder `out`; returns what `results.json` holds.
 
     Rows that another run finished there are kept, so lists may grow; other settings are refused unless `restart`, which
-    forgets them. An arm that fails is a row with its reason. Raises InputError for bad input, for a folder that is
-    something else or that another process writes, StorageError when the disk refuses.
+    forgets them. `shown`: lists of the tables and figures, as `CompareOptions.recorded` has them, where they are to
+    hold more than is measured now. An arm that fails is a row with its reason. Raises InputError for bad input, for a
+    folder that is something else or that another process writes, StorageError when the disk refuses.
     """
     needs_learn()
     from optrot_edge.compare.report import write_reports
@@ -38,6 +40,7 @@ def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = Fa
     from optrot_edge.runtime.text import text_sha256
 
     chosen, source, out = CompareOptions(**options), open_model(model), Path(out)
+    whole = dataclasses.replace(chosen, **shown or {})
     recipe = _check(source, chosen)
     words = load_text(text, split="test")
     tokens = tokenize_for(source.path, None, words, chosen.window, chosen.windows)
@@ -55,8 +58,8 @@ def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = Fa
             settings["recipe"] = chosen.settings(settings["recipe"], text_sha256(words))
             journal = _begin(out, settings | {"kind": KIND}, restart)
             run = Comparison(source, chosen, inputs, tokens, journal, progress, interrupted)
-            run.measure(lambda: _save(out, _results(source, chosen, journal)))
-        found = _results(source, chosen, journal)
+            run.measure(lambda: _save(out, _results(source, whole, journal)))
+        found = _results(source, whole, journal)
         _save(out, found)
         write_reports(out, found)
     finally:
@@ -77,10 +80,16 @@ def _check(source, options: CompareOptions):
 
 
 def _begin(out: Path, settings: dict, restart: bool) -> Journal:
-    """The journal of the folder `out`, a new one if there is none."""
+    """The journal of the folder `out`, a new one if there is none or, by `restart`, what there is is forgotten."""
+    remains = out.is_dir() and _is_remains(out)
+    if remains and restart:
+        remove_folder(out)
+    elif remains:
+        (out / f"{JOURNAL}.partial").unlink(missing_ok=True)  # of a run that was killed as it began
     journal = Journal.load(out) if out.is_dir() else None
     if journal is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is no comparison; choose another --out")
+        raise InputError(f"{out} holds what is left of a comparison; start over with --restart" if remains else
+                         f"{out} exists and is no comparison; choose another --out")
     if journal is not None and journal.settings.get("kind") != KIND:
         raise InputError(f"{out} holds another command's unfinished work; choose another --out")
     if journal is not None and restart:
@@ -97,6 +106,21 @@ def _begin(out: Path, settings: dict, restart: bool) -> Journal:
         journal = Journal(out, settings)
         journal.save()
     return journal
+
+
+def _is_remains(out: Path) -> bool:
+    """Whether the folder `out` holds nothing but a comparison's files, be its journal damaged, another version's or, of
+    a restart that was killed, gone."""
+    from optrot_edge.compare.report import REPORTS
+
+    names = {path.name.removesuffix(".partial") for path in out.iterdir()}
+    if not names or names - {JOURNAL, RESULTS, "work", "rotations", *REPORTS}:
+        return False
+    try:
+        journal = Journal.load(out)
+    except InputError:
+        return True
+    return journal is None or journal.settings.get("kind") == KIND
 
 
 def _results(source, options: CompareOptions, journal: Journal) -> dict:
@@ -118,7 +142,7 @@ def _results(source, options: CompareOptions, journal: Journal) -> dict:
 
 def _row(row: Row, journal: Journal) -> dict:
     build = row.build
-    found = {"name": row.name, "arm": build.arm, "label": ARMS[build.arm].label, "bits": build.bits,
+    found = {"name": row.name, "arm": build.arm, "label": ARMS[build.arm].label_at(build.bits), "bits": build.bits,
              "quantizer": build.quantizer, "online": build.online, "activations": row.activations, "build": build.name,
              "rotation": build.rotation, **(journal.about(f"row {row.name}") or
                                             {"status": "pending", "reason": "not measured yet"})}

@@ -94,8 +94,8 @@ def _snr_figures(results: dict) -> list[FigureFile]:
 
 def _arms(results: dict, online: bool) -> dict[str, dict]:
     """Quantities by legend, those of the unrotated model with either."""
-    return {ARMS[entry["arm"]].label + (f", {entry['bits']} bits" if entry["bits"] else ""): entry
-            for entry in results["quantities"].values() if entry["online"] == online or entry["arm"] == "none"}
+    return {ARMS[entry["arm"]].legend(entry["bits"]): entry for entry in results["quantities"].values()
+            if entry["online"] == online or entry["arm"] == "none"}
 
 
 def _dashes(entry: dict) -> str:
@@ -148,8 +148,9 @@ def _draw_layers(lines: dict, key: str, label: str, scale: str, title: str, *, b
 
 
 def _draw_kl(results: dict):
-    """Bars of KL, a panel per table."""
-    shown = [table for table in tables(results) if table["rows"]]
+    """Bars of KL, a panel per table of which a row was measured."""
+    tabled = [table for table in tables(results) if table["rows"]]
+    shown = [table for table in tabled if any(row["status"] == "measured" for row in table["rows"])] or tabled
     columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
     tallest = max(len(table["rows"]) for table in shown)
@@ -158,9 +159,10 @@ def _draw_kl(results: dict):
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(shown):]:
         axes.axis("off")
+    same = len({tuple(row["label"] for row in table["rows"]) for table in shown}) == 1
     for axes, table in zip(grid.flat, shown, strict=False):
         _bars(axes, table)
-        axes.tick_params(labelleft=axes in grid[:, 0] or len({len(t["rows"]) for t in shown}) > 1)
+        axes.tick_params(labelleft=axes in grid[:, 0] or not same)
     return figure
 
 
@@ -206,13 +208,12 @@ def _draw_curves(results: dict):
     for axes in grid.flat[len(shown):]:
         axes.axis("off")
     for axes, (name, curve) in zip(grid.flat, shown.items(), strict=False):
-        entry = results["quantities"].get(name)
-        arm = next(row["arm"] for row in results["rows"] if row["rotation"] == name)
-        bits = f", {entry['bits']} bits" if entry and entry["bits"] else ""
+        row = next(row for row in results["rows"] if row["rotation"] == name)
+        arm = ARMS[row["arm"]]
         online = ", R3 and R4" if name.endswith("-online") else ""
-        axes.plot(range(len(curve)), curve, color=_style(arm)["color"], linewidth=1.5,
+        axes.plot(range(len(curve)), curve, color=_style(arm.name)["color"], linewidth=1.5,
                   marker="o" if len(curve) < 30 else None, markersize=3.5)
-        axes.set_title(ARMS[arm].label + bits + online, fontsize=12)
+        axes.set_title(arm.legend(row["bits"] if arm.per_grid else None) + online, fontsize=12)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -6,6 +6,7 @@ checkpoint under `work`. Rows that failed, or did not fit the time, are tried ag
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import shutil
@@ -166,7 +167,7 @@ class Comparison:
         build, recipe, learned = row.build, self.options.rotation_recipe(row.build), None
         self._check_time(build)
         options = AnalysisOptions(ARMS[build.arm].rotation, recipe.type, build.quantizer, row.activations,
-                                  recipe.e2e_steps, recipe.damp, self.device)
+                                  recipe.e2e_steps, recipe.damp, recipe.act_order, self.device)
         generator = torch.Generator().manual_seed(recipe.seed + 1)
         if ARMS[build.arm].baseline:
             def make(path: Path) -> dict:
@@ -241,7 +242,9 @@ class Comparison:
 
         if self._left() is None:
             return
-        recipe = self.options.rotation_recipe(build)
+        recipe = dataclasses.replace(self.options.rotation_recipe(build), quantizer=build.quantizer)
+        if recipe.rotation != "none" and self.journal.about(f"rotations/{build.rotation}.safetensors") is not None:
+            recipe = dataclasses.replace(recipe, rotation="hadamard")  # nothing is left to learn
         needed = make_plan(self.source, recipe, starting_point(self.source, recipe))["seconds"]
         if needed > self._left():
             raise TooLong(f"needs about {needed / 60:.1f} minutes, and {max(0.0, self._left() / 60):.1f} of the "

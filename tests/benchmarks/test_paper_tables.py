@@ -12,7 +12,8 @@ import pytest
 from optrot_edge.compare.comparison import compare
 from optrot_edge.compare.run import Comparison
 from optrot_edge.compare.tables import tables
-from optrot_edge.journal import JOURNAL
+from optrot_edge.errors import InputError
+from optrot_edge.journal import JOURNAL, Journal
 from tests.compare.conftest import options
 from tests.road import save_model
 
@@ -54,9 +55,16 @@ def test_a_journal_goes_on_in_another_folder(text, tmp_path, monkeypatch):
         assert compare(model, other, text="builtin", **options(text)) == found
     paper_tables.keep_journal(other, archive)
     assert archive.read_bytes() == packed
-    (other / JOURNAL).write_text("further")
-    paper_tables.restore_journal(archive, other)
-    assert (other / JOURNAL).read_text() == "further"
+
+    journal = Journal.load(other)  # what only one of the two has is joined
+    rows = [name for name in journal.entries if name.startswith("row ")]
+    journal.entries = {name: entry for name, entry in journal.entries.items() if name != rows[0]}
+    journal.note("row further", {"status": "measured"})
+    assert paper_tables.restore_journal(archive, other)
+    assert Journal.load(other).entries.keys() == {*Journal.load(tmp_path / "out").entries, "row further"}
+    Journal(other, journal.settings | {"text": "another"}).save()
+    with pytest.raises(InputError, match="other settings: the calibration text has changed. Choose another --work"):
+        paper_tables.restore_journal(archive, other)
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
@@ -75,6 +83,49 @@ def test_what_was_measured_before_ctrl_c_is_kept(text, tmp_path, monkeypatch):
     assert all(row["status"] == "measured" for row in json.loads(out.read_text())["rows"])
     paper_tables.restore_journal(archive, tmp_path / "other")
     assert (tmp_path / "other" / JOURNAL).read_bytes() == (tmp_path / "work" / "paper" / JOURNAL).read_bytes()
+
+
+def script(monkeypatch, tmp_path, text, *arguments) -> tuple:
+    """Run the script on a tiny model; the JSON it wrote, or None, and how it ended."""
+    made = options(text)
+
+    def tiny(model, folder, **given):
+        own = {"text": "builtin", "group_size": 32, "windows": 3, "window": 32, "fields": made["fields"]}
+        return compare(model, folder, **given | own)
+
+    monkeypatch.setattr(paper_tables, "compare", tiny)
+    monkeypatch.setattr(paper_tables, "build_testbed", lambda _: save_model(tmp_path / "model", "smollm2"))
+    monkeypatch.setattr(paper_tables, "DOCUMENT", tmp_path / "paper.md")
+    monkeypatch.setattr(paper_tables.write_document, "__defaults__", (tmp_path / "paper.md",))
+    (tmp_path / "paper.md").write_text(f"{paper_tables.BEGIN}{paper_tables.END}")
+    monkeypatch.setattr("sys.argv", ["paper_tables.py", "--text", text, "--work", str(tmp_path / "work"), "--out",
+                                     str(tmp_path / "out.json"), "--journal", str(tmp_path / "journal.json.gz"),
+                                     *arguments])
+    try:
+        paper_tables.main()
+        ended = 0
+    except SystemExit as error:
+        ended = error.code
+    out = tmp_path / "out.json"
+    return json.loads(out.read_text()) if out.exists() else None, ended
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+def test_measuring_in_parts_loses_no_row(text, tmp_path, monkeypatch):
+    parts = [("none,hadamard", "4"), ("hadamard", "3"), ("none", "4,3")]
+    for rotations, bits in parts:
+        found, ended = script(monkeypatch, tmp_path, text, "--rotations", rotations, "--bits", bits, "--quantizers",
+                              "rtn", "--activations", "16", "--online", "no")
+        assert ended == 0
+    assert [(row["arm"], row["bits"], row["status"]) for row in found["rows"]] == [
+        ("none", 4, "measured"), ("hadamard", 4, "measured"), ("none", 3, "measured"), ("hadamard", 3, "measured")]
+    document = (tmp_path / "paper.md").read_text()
+    assert document.count("| QuaRot (random Hadamard) |") == 2 and "pending" not in document
+    kept = [(tmp_path / name).read_bytes() for name in ("out.json", "journal.json.gz")]
+    monkeypatch.setattr(Comparison, "measure", lambda *_: pytest.fail("measured"))
+    _, ended = script(monkeypatch, tmp_path, text, "--rotations", "none", "--bits", "9")
+    assert "--bits 9" in ended
+    assert kept == [(tmp_path / name).read_bytes() for name in ("out.json", "journal.json.gz")]
 
 
 def test_the_repositorys_document_says_what_was_measured():

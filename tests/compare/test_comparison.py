@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_a_row_is_what_the_commands_give_one_by_one(arm, quantizer, uneven, made
     recipe = Recipe(**fields | {"rotation": "none"})
     assert row["bytes"] == stored_bytes(source, held, recipe)
     assert set(QuantizedCheckpoint(path).manifest["recipe"]) >= {"type"}
+
+
+@pytest.mark.parametrize("grid", ["min", "sym"])
+def test_other_grids(grid, uneven, text, words, tmp_path):
+    row, = run(uneven, words, text, tmp_path / "out", grid=grid, rotations=["none"], quantizers=["rtn"],
+               mu_h=False)["rows"]
+    path = pipeline.quantize(uneven, tmp_path / "c", rotation="none", quantizer="rtn", calibration="none",
+                             type=f"int4-g32-{grid}", embedding_type="f16", head_type="f16")
+    tokens = tokenize_for(uneven, None, Path(words).read_text(), SHAPE["window"], SHAPE["windows"])
+    summary = score_windows(TorchBackend(path), TorchBackend(uneven), tokens).summary()
+    assert row["kl_mean"] == pytest.approx(summary["kl_mean"], rel=1e-6)
 
 
 def test_what_is_left(made):
@@ -139,10 +151,11 @@ def test_it_goes_on_where_it_was(stage, at, times, measured, uneven, words, text
 @pytest.mark.slow
 def test_killed_at_random_moments(uneven, words, text, tmp_path):
     lists = {"rotations": ["none", "optrot"], "quantizers": ["gptq", "rtn"]}
+    began = time.monotonic()
     assert in_child(lambda: run(uneven, words, text, tmp_path / "plain", **lists)) == 0
-    kills = 0
-    for delay in (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0):
-        code = in_child(lambda: run(uneven, words, text, tmp_path / "out", **lists), kill_after(delay))
+    took, kills = time.monotonic() - began, 0
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0):
+        code = in_child(lambda: run(uneven, words, text, tmp_path / "out", **lists), kill_after(share * took))
         assert code in (0, KILLED)
         kills += code == KILLED
     assert in_child(lambda: run(uneven, words, text, tmp_path / "out", **lists)) == 0
@@ -250,6 +263,27 @@ def test_other_folders_and_other_processes_are_refused(uneven, words, text, tmp_
         lock.release()
 
 
+def test_what_a_killed_run_left_of_a_comparison(uneven, words, text, copied, made, tmp_path):
+    """Of one that had just begun nothing is worth a word; of another, or with a damaged journal, --restart is told."""
+    arms = {"rotations": ["none"], "mu_h": False}
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "journal.json.partial").write_text("{")
+    assert run(uneven, words, text, begun, **arms)["rows"][0]["status"] == "measured"
+    for damage, says in ((lambda path: path.unlink(), "what is left of a comparison; start over with --restart"),
+                         (lambda path: path.write_text("{"), "is damaged .* start over with --restart")):
+        out = copied(made[0])
+        damage(out / JOURNAL)
+        with pytest.raises(InputError, match=says):
+            run(uneven, words, text, out, **arms)
+        assert len(run(uneven, words, text, out, restart=True, **arms)["rows"]) == 1
+    (out / "diary.txt").write_text("keep")
+    (out / JOURNAL).write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        run(uneven, words, text, out, restart=True, **arms)
+    assert (out / "diary.txt").read_text() == "keep"
+
+
 def test_an_arm_that_fails_is_a_row_with_its_reason(uneven, words, text, tmp_path):
     """R4's block does not divide the MLP, so nothing can run online; the unrotated model can be measured."""
     found = run(uneven, words, text, tmp_path / "out", online="yes", fields={"r4_block": 64})
@@ -272,6 +306,21 @@ def test_what_does_not_fit_the_time_is_left_out_and_measured_later(uneven, words
     assert all("of the 0.02 of --max-minutes are left" in row["reason"] for row in found["rows"])
     found = run(uneven, words, text, tmp_path / "out", max_minutes=60)
     assert {row["status"] for row in found["rows"]} == {"measured"}
+
+
+def test_time_is_counted_for_what_is_left(uneven, words, text, tmp_path, monkeypatch):
+    """A rotation is learned once, and rounding to nearest is no GPTQ."""
+    seen = []
+
+    def plan(source, recipe, start):
+        seen.append((recipe.rotation, recipe.quantizer))
+        return {"seconds": 0}
+
+    monkeypatch.setattr("optrot_edge.plan.make_plan", plan)
+    run(uneven, words, text, tmp_path / "out", rotations=["none", "optrot", "quip#"], quantizers=["gptq", "rtn"],
+        max_minutes=60, mu_h=False)
+    assert seen == [("none", "gptq"), ("optrot", "gptq"), ("none", "gptq"), ("none", "rtn"), ("hadamard", "rtn"),
+                    ("none", "rtn")]
 
 
 def test_a_damaged_rotation_is_made_again(uneven, words, text, tmp_path):
