@@ -175,7 +175,7 @@ class CalibrationInputs:
         recipe = self.recipe
         key = {"model": sorted(sha256(path) for path in self.source.files), "text": self.text_sha256,
                **{name: getattr(recipe, name) for name in
-                  ("nsamples", "seqlen", "seed", "damp", "grid", "format", "dtype", "group_size")}}
+                  ("nsamples", "seqlen", "seed", "damp", "grid", "format", "dtype", "group_size", "symmetric")}}
         return kept_costs(key, lambda: measure_costs(
             self.source, self, progress=lambda done, total: self.progress("cost of types", done, total, "")))
 

@@ -161,7 +161,11 @@ class Lock:
         if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino):
             os.close(self._handle)
             return False
+        if (said := os.read(self._handle, 64).strip()) and not said.isdigit():
+            os.close(self._handle)
+            raise InputError(f"{self.path} is in the way and no lock of optrot-edge; move it, or choose another --out")
         os.ftruncate(self._handle, 0)
+        os.lseek(self._handle, 0, os.SEEK_SET)
         os.write(self._handle, f"{os.getpid()}\n".encode())
         return True
 
@@ -184,8 +188,12 @@ class Lock:
 
     def release(self) -> None:
         """Delete the file and let others in."""
-        self.path.unlink(missing_ok=True)
-        os.close(self._handle)
+        if os.name == "nt":  # deletes no open file; there is no lock that another could take in between
+            os.close(self._handle)
+            self.path.unlink(missing_ok=True)
+        else:
+            self.path.unlink(missing_ok=True)
+            os.close(self._handle)
 
 
 def remove_folder(folder: Path) -> None:
@@ -225,4 +233,4 @@ def restore_folder(out: Path) -> None:
 
 
 def _aside(out: Path) -> Path:
-    return out.absolute().with_name(out.absolute().name + ".replaced")
+    return out.absolute().with_name(out.absolute().name + ".optrot-replaced")

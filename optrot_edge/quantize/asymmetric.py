@@ -44,11 +44,16 @@ class Moments:
         self.input_gap = MeanProduct(width, width, device) if float_inputs else None
         self.stream_gap = None if hidden is None else MeanProduct(hidden, width, device)
 
-    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, gap: torch.Tensor | None = None) -> None:
-        """Add x̃, x and r − r̃ of the same tokens, each [..., channels]; the last two where they are kept."""
+    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, gap: torch.Tensor | None = None,
+            weights: torch.Tensor | None = None) -> None:
+        """Add x̃, x and r − r̃ of the same tokens, each [..., channels]; the last two where they are kept. `weights` of
+        the tokens [...], which the products get; None for 1."""
         for inputs in (x, x_float):
             if inputs is not None:
                 self.peak = torch.maximum(self.peak, peak_of(inputs).to(self.peak))
+        if weights is not None:
+            root = weights.sqrt()[..., None]
+            x, x_float, gap = (None if part is None else root * part for part in (x, x_float, gap))
         self.hessian.add(x)
         if self.input_gap is not None:
             self.input_gap.add(x_float - x, x)

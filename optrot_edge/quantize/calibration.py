@@ -39,10 +39,10 @@ def load_text(source: str, split: str = "train") -> str:
     path = Path(source)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8")  # line ends as they are, as llama.cpp's tools read them
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {source} as UTF-8 text: {error}") from None
-    elif path.suffix or path.is_absolute() or path.exists():
+    elif Path(source.partition(":")[0]).suffix or path.is_absolute() or path.exists():
         raise InputError(f"text file {source} not found")
     else:
         text = _hub_text(source, split)

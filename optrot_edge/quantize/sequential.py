@@ -152,10 +152,7 @@ class SequentialQuantizer:
         for windows, part, whole, held_out in self._parts():
             seen = (inputs(part), None if float_inputs is None else float_inputs(whole),
                     (whole - part).to(self.device) if gap else None)
-            if weights is not None:  # the products of all of them are weighted
-                root = weights[windows].sqrt()[..., None].to(self.device)
-                seen = [None if x is None else root * x for x in seen]
-            sums[held_out].add(*seen)
+            sums[held_out].add(*seen, None if weights is None else weights[windows].to(self.device))
         return sums if self.world.size == 1 else [one.summed(self.world) for one in sums]
 
     def _remembered(self, inputs: Callable, width: int) -> Callable:

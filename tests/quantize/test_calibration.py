@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from optrot_edge.errors import InputError
+from optrot_edge.quantize import calibration
 from optrot_edge.quantize.calibration import builtin_text, load_text, sample_windows
 
 
@@ -37,3 +38,10 @@ def test_short_empty_and_missing_texts_are_refused(tmp_path):
         load_text(str(tmp_path / "latin.txt"))
     with pytest.raises(InputError, match="not found"):
         load_text(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("name", ["wikimedia/wikipedia:20231101.en", "allenai/c4:en.noblocklist", "a/b"])
+def test_hub_datasets_are_told_from_files(name, monkeypatch):
+    """A dot in the name of a configuration is no file's suffix."""
+    monkeypatch.setattr(calibration, "_hub_text", lambda source, split: f"{source}, {split}")
+    assert load_text(name, "test") == f"{name}, test"

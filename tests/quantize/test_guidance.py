@@ -11,6 +11,7 @@ from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.errors import InputError
 from optrot_edge.models import forward, open_model
 from optrot_edge.quantize import guidance
+from optrot_edge.quantize.asymmetric import Moments
 from optrot_edge.quantize.guidance import READERS, token_weights
 from optrot_edge.quantize.sequential import QuantizerOptions, SequentialQuantizer
 from optrot_edge.quantize.statistics import MeanProduct
@@ -74,6 +75,14 @@ def test_weights_reach_every_moment(tmp_path):
     double, weighted = moments(tokens[[0, 0, 2, 3]], None), moments(tokens, {"q_proj": weights})
     for wanted, found in zip(double, weighted, strict=True):
         assert torch.allclose(wanted, found, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_leave_the_peak_alone():
+    """It is that of the activations, which a runtime has to hold."""
+    x, weights = torch.tensor([[[3.0, -7.0], [1.0, 2.0]]]), torch.tensor([[0.01, 9.0]])
+    moments = Moments(2, "cpu")
+    moments.add(x, weights=weights)
+    assert float(moments.peak) == 7
 
 
 def test_guided_quantisation(tmp_path, text):

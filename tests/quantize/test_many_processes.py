@@ -64,6 +64,20 @@ def test_two_processes_export(text, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_export_for_another_execution_provider(text, tmp_path):
+    """Every process fits scales to the dtype that the package stores."""
+    model = save_model(tmp_path / "model", "tinyllama")
+    done = [launch(["export", model, "--format", "onnx", "--execution-provider", "webgpu", "--out",
+                    tmp_path / str(processes), "--checkpoint", tmp_path / f"c{processes}", "--calibration", text,
+                    *WINDOWS, "--rotation", "none", "-q"], processes) for processes in (1, 2)]
+    assert [one.returncode for one in done] == [0, 0], done[1].stderr
+    one, two = (QuantizedCheckpoint(tmp_path / f"c{processes}") for processes in (1, 2))
+    for name in one.names:
+        if isinstance(mine := one.get(name), QuantizedTensor):
+            assert all(np.array_equal(part, two.get(name).parts()[key]) for key, part in mine.parts().items()), name
+
+
+@pytest.mark.slow
 def test_an_error_in_the_second_process_is_printed(text, tmp_path):
     """Scales overflow in a row that belongs to rank 1, which is mute."""
     model = save_model(tmp_path / "model", "tinyllama")
