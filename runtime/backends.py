@@ -108,13 +108,16 @@ def open_package(path: str | Path, backend: str | None = None, device: str = "cp
 
 
 def open_reference(path: str | Path, backend: str | None = None, device: str = "cpu", *,
-                   trust_remote_code: bool = False):
+                   trust_remote_code: bool = False, beside_package: bool = False):
     """The backend of a reference model.
 
     A GGUF is dequantised and computed in float32 torch when torch is installed, otherwise it runs in
     llama.cpp; a Hugging Face folder or a checkpoint runs in torch, an MLX package in mlx, an ONNX package in
-    onnxruntime. The report names what was used. trust_remote_code: see `MlxBackend`.
+    onnxruntime. The report names what was used. trust_remote_code: see `MlxBackend`. beside_package: `device` is where
+    a package runs, so torch takes the CPU where it cannot use that (onnxruntime's WebGPU, say).
     """
+    from optrot_edge.runtime.torch_reference import TorchBackend
+
     kind = kind_of(path)
     if kind == "reference":
         raise InputError(f"{path}: a reference file is not a model")
@@ -122,6 +125,8 @@ def open_reference(path: str | Path, backend: str | None = None, device: str = "
     if backend is None:
         backend = "torch" if kind == "gguf" and installed("torch") else _RUNS[kind][0]
     backend = _fitting(path, kind, backend)
+    if beside_package and backend == "torch" and device not in ("auto", *TorchBackend.devices()):
+        device = "cpu"
     return open_backend(path, backend, device, **({"trust_remote_code": trust_remote_code} if backend == "mlx" else {}))
 
 

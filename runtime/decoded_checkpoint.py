@@ -70,9 +70,11 @@ class DecodedCheckpoint:
     def stored_bits_per_weight(self) -> float:
         """Bits per weight as a package stores them: codes at their width, scales and offsets included."""
         bits = weights = 0.0
-        for entry in self.checkpoint.manifest["tensors"].values():
+        for name, entry in self.checkpoint.manifest["tensors"].items():
             count = prod(entry["shape"])
-            width = (grid_spec(entry["grid"]).bits_per_weight if "grid" in entry
-                     else 8 * np.dtype(entry["dtype"]).itemsize)
+            if "grid" in entry:
+                width = grid_spec(entry["grid"]).bits_per_weight
+            else:
+                width = 16 if name in self.checkpoint.bfloat16 else 8 * np.dtype(entry["dtype"]).itemsize
             bits, weights = bits + count * width, weights + count
         return bits / weights

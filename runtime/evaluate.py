@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -27,6 +28,8 @@ from optrot_edge.runtime.text import (
     open_tokenizer,
     text_sha256,
 )
+
+LARGEST_REPORT = 2**26  # bytes; no report is that large
 
 
 def evaluate_package(package: str | Path, *, reference: str | Path, text: str | None = None,
@@ -68,7 +71,7 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
         else:
             tokens = tokenize_for(package, reference, text, window, windows)
             with backends.open_reference(reference, reference_backend, device,
-                                         trust_remote_code=trust_remote_code) as original:
+                                         trust_remote_code=trust_remote_code, beside_package=True) as original:
                 _same_vocabulary(runner, original.vocab_size, original.name)
                 _fits(runner, tokens), _fits(original, tokens)
                 scores = score_windows(runner, original, tokens, progress)
@@ -98,6 +101,19 @@ def evaluate_package(package: str | Path, *, reference: str | Path, text: str | 
     return report | {"seconds": time.perf_counter() - began}
 
 
+def check_report_place(path: str | Path) -> None:
+    """InputError, before anything is measured, when `path` is there and holds anything but a report."""
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    found = None
+    if path.stat().st_size < LARGEST_REPORT:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or "kl_mean" not in found:
+        raise InputError(f"{path} exists and is no report of an evaluation; choose another --out")
+
+
 def write_report(path: str | Path, report: dict) -> None:
     """Write the report as JSON, atomically. Raises InputError when the path cannot be written."""
     write_atomically(Path(path), (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
@@ -117,6 +133,8 @@ def write_reference_file(model: str | Path, out: str | Path, *, text: str, windo
         if top_k is not None:
             raise InputError(f"{out}: a {SUFFIX} file holds all log-probabilities; leave --top-k out, or write a .json")
         return _write_kld(model, out, text, window, windows, backend, device, trust_remote_code, progress)
+    if not Path(out).name.endswith((".json", ".json.gz")):
+        raise InputError(f"{out}: the name of a reference file ends in .json, .json.gz or {SUFFIX}")
     tokens = tokenize_for(model, None, text, window, windows)
     tokenizer = open_tokenizer(model)
     probe = {"text": PROBE, "ids": tokenizer.tokenize(PROBE)}

@@ -254,10 +254,14 @@ class LlamaCppBackend:
         template = self._c.llama_model_chat_template(self._model, None)
         if not template:
             raise InputError(f"{self.path}: the GGUF holds no chat template")
-        formatter = require("llama_cpp.llama_chat_format", "llamacpp", "chat").Jinja2ChatFormatter(
-            template.decode("utf-8"), eos_token=self._piece(self._c.llama_vocab_eos(self._vocab)),
-            bos_token=self._piece(self._c.llama_vocab_bos(self._vocab)))
-        text = formatter(messages=[{"role": "user", "content": prompt}]).prompt
+        formats = require("llama_cpp.llama_chat_format", "llamacpp", "chat")
+        try:
+            formatter = formats.Jinja2ChatFormatter(
+                template.decode("utf-8"), eos_token=self._piece(self._c.llama_vocab_eos(self._vocab)),
+                bos_token=self._piece(self._c.llama_vocab_bos(self._vocab)))
+            text = formatter(messages=[{"role": "user", "content": prompt}]).prompt
+        except Exception as error:  # a template is a program of the package's
+            raise InputError(f"{self.path}: its chat template fails: {' '.join(str(error).split())}") from error
         ids = self.tokenize(text, add_bos=False, special=True)
         if self.adds_bos and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)

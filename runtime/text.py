@@ -23,7 +23,7 @@ PROBE = ("Hello world, it's 3.14159 o'clock on 2024-02-29!\n\n\tdef f(x):\n     
 def read_text(path: str | Path) -> str:
     """The UTF-8 text file at `path`. Raises InputError if it is missing, empty or not UTF-8."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8")  # line ends as they are, as llama.cpp's tools read them
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); "
                          "convert it to UTF-8 first") from None

@@ -50,12 +50,17 @@ class TorchBackend:
         self.config = self.model.config
         self.vocab_size, self.context_length = self.config.vocab_size, self.config.max_position_embeddings
 
+    @staticmethod
+    def devices() -> list[str]:
+        """The devices that torch can use here, the best first; InputError without torch."""
+        torch = require("torch", "learn", "the torch reference")
+        usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return [name for name, there in usable.items() if there]
+
     def _choose(self, device: str) -> str:
-        usable = {"cpu": True, "cuda": self._torch.cuda.is_available(),
-                  "mps": self._torch.backends.mps.is_available()}
         if device == "auto":
-            return next(name for name in ("cuda", "mps", "cpu") if usable[name])
-        if not usable.get(device, False):
+            return self.devices()[0]
+        if device not in self.devices():
             raise InputError(f"torch cannot use the device {device!r} here; use --device cpu")
         return device
 

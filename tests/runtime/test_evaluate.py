@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
+from optrot_edge import pipeline
 from optrot_edge.checkpoint import CheckpointWriter, QuantizedTensor, grid_spec
 from optrot_edge.errors import InputError
 from optrot_edge.models.config import ModelConfig
+from optrot_edge.quantize.calibration import load_text
 from optrot_edge.runtime.backends import bits_per_weight, open_package, open_reference
 from optrot_edge.runtime.decoded_checkpoint import DecodedCheckpoint
 from optrot_edge.runtime.evaluate import evaluate_package, write_reference_file, write_report
@@ -72,6 +75,22 @@ def test_torch_and_llama_cpp_agree(tiny):
     report = evaluate_package(tiny, reference=tiny, text=TEXT, windows=2, window=128, speed=False)
     assert report["kl_max"] < 1e-4
     assert report["top1"] > 0.98
+
+
+@pytest.mark.parametrize("device", ["webgpu", "dml", "cuda"])
+def test_a_reference_in_torch_where_torch_lacks_the_package_s_device(tiny, device):
+    """It runs on the CPU, which the report says; alone it is refused."""
+    with open_reference(tiny, "torch", device, beside_package=True) as original:
+        assert original.version.endswith("cuda" if device == "cuda" and torch.cuda.is_available() else "cpu")
+    if device != "cuda" or not torch.cuda.is_available():
+        with pytest.raises(InputError, match=f"torch cannot use the device '{device}' here; use --device cpu"):
+            open_reference(tiny, "torch", device)
+
+
+def test_line_ends_are_kept(tmp_path):
+    """llama.cpp's tools read bytes."""
+    (tmp_path / "t.txt").write_bytes(b"one line\r\nanother\n")
+    assert read_text(tmp_path / "t.txt") == load_text(str(tmp_path / "t.txt")) == "one line\r\nanother\n"
 
 
 def test_report_against_a_reference_file(tiny, noisy, tmp_path):
@@ -259,6 +278,15 @@ def test_decoded_checkpoint(tmp_path):
     assert report["prefill_tokens_per_s"] is None
     with pytest.raises(InputError, match="runs in torch only"):
         open_package(folder, "llama.cpp")
+
+
+def test_bfloat16_takes_16_bits(model, tmp_path):
+    types = dict.fromkeys(("type", "embedding_type", "head_type"), "bf16")
+    folder = pipeline.quantize(model("llama"), tmp_path / "c", rotation="none", quantizer="rtn", calibration="none",
+                               **types)
+    pipeline.export(folder, tmp_path / "m.gguf")
+    assert 16 < bits_per_weight(folder) < 17
+    assert bits_per_weight(folder) == pytest.approx(bits_per_weight(tmp_path / "m.gguf"), rel=1e-3)
 
 
 def test_damaged_checkpoint(tmp_path):

@@ -127,6 +127,15 @@ def test_chat_is_greedy_through_the_template(tiny, noisy):
         backend.chat("Hi")
 
 
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ raise_exception('a system\n message first') }}", "a system message"), ("{% for %}", "Expected an expression"),
+    ("{{ nobody.nothing }}", "nobody")])
+def test_templates_that_fail(template, says, tmp_path):
+    path = write_tiny(tmp_path / "m.gguf", chat=template)
+    with LlamaCppBackend(path) as backend, pytest.raises(InputError, match=f"its chat template fails: .*{says}"):
+        backend.chat("Hi")
+
+
 def test_speed(tiny):
     with LlamaCppBackend(tiny) as backend:
         speed = backend.speed(prompt_tokens=64, decode_tokens=8)
