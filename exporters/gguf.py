@@ -70,8 +70,9 @@ def _write_all(plans: list[Plan], checkpoint: QuantizedCheckpoint, out: Path, re
         list[Path], int]:
     """Write, verify and move the files of `plans`; where they lie, and their bytes."""
     partial, total, done = out.with_name(out.name + ".partial"), sum(plan.nbytes for plan in plans), 0
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < total:
             raise StorageError(f"{out}: {total:,} bytes are needed and {free:,} are free; "

@@ -24,6 +24,11 @@ def u32(value: int) -> GGUFValue:
     return GGUFValue(int(value), Type.UINT32)
 
 
+def u64(value: int) -> GGUFValue:
+    """An unsigned 64-bit integer."""
+    return GGUFValue(int(value), Type.UINT64)
+
+
 def u16(value: int) -> GGUFValue:
     """An unsigned 16-bit integer."""
     return GGUFValue(int(value), Type.UINT16)

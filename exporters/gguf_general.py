@@ -8,7 +8,7 @@ from gguf import GGML_QUANT_VERSION
 from gguf.constants import LlamaFileType
 from gguf.utility import size_label
 
-from optrot_edge.exporters.gguf_entries import Entries, read_entries, string, u32
+from optrot_edge.exporters.gguf_entries import Entries, read_entries, string, u32, u64
 from optrot_edge.models.model_card import CARD_FILE
 
 _DECIDED = {f"general.{key}" for key in ("architecture", "type", "name", "file_type", "quantization_version",
@@ -52,5 +52,6 @@ def method_entries(manifest: dict) -> Entries:
         "calibration.windows": recipe.get("nsamples") if manifest.get("calibration_sha256") else None,
         "calibration.window_tokens": recipe.get("seqlen") if manifest.get("calibration_sha256") else None,
     }
-    return {f"optrot.{key}": u32(value) if isinstance(value, int) else string(value)
+    number = lambda value: u32(value) if value < 2**32 else u64(value)  # noqa: E731
+    return {f"optrot.{key}": number(value) if isinstance(value, int) else string(value)
             for key, value in values.items() if value is not None}

@@ -159,6 +159,12 @@ def _check_rotation(rotation: dict, config: ModelConfig) -> None:
                          "quantised cache, so leave R3 out: quantise again with --rotate r1,r2")
 
 
+def refuse_model(family: Family, config: ModelConfig) -> None:
+    """InputError for what llama.cpp's graphs do not compute."""
+    _check_graph(family, config, all_shapes(family, config))
+    _rope_factors(family, config)
+
+
 def _check_graph(family: Family, config: ModelConfig, shapes: dict) -> None:
     """InputError for tensors that llama.cpp's graph does not read."""
     for name in shapes:

@@ -69,13 +69,17 @@ def _options(name: str, shape, kind: str | None, costs, config, recipe) -> list[
     if not kinds:
         raise InputError(f"{name}: rows of {shape[-1]} weights fit no type of this format; give it f16 with "
                          "--tensor-type")
-    return [(prod(shape) * bits_of(kind, recipe.dtype) / 8, _cost(costs, name, kind, config), kind) for kind in kinds]
+    given = kind is not None
+    return [(prod(shape) * bits_of(kind, recipe.dtype) / 8, _cost(costs, name, kind, config, given), kind)
+            for kind in kinds]
 
 
-def _cost(costs, name: str, kind: str, config) -> float:
-    """KL of `name` as `kind`; a tied matrix errs as embedding and as head. Floats, and what was not measured, are 0."""
+def _cost(costs, name: str, kind: str, config, given: bool) -> float:
+    """KL of `name` as `kind`; a tied matrix errs as embedding and as head. Of matrices that were not measured, and of a
+    `given` type that was not, 0; KeyError for another."""
     both = name == "embed_tokens.weight" and config.tie_word_embeddings
-    return sum(costs.get(part, {}).get(kind, 0.0) for part in ([name, "lm_head.weight"] if both else [name]))
+    parts = [costs[part] for part in ([name, "lm_head.weight"] if both else [name]) if part in costs]
+    return sum(part.get(kind, 0.0) if given else part[kind] for part in parts)
 
 
 def _hull(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:

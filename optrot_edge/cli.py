@@ -93,7 +93,7 @@ def export(model: Annotated[str, typer.Argument(help="Hugging Face folder or hub
                    "execution_provider": execution_provider, "accuracy_level": accuracy_level}
         if dry_run:
             return _emit(pipeline.plan(model, packaged=True, **options, **fields), print_plan)
-        with stoppable(checkpoint or out.with_name(out.name + ".checkpoint")):
+        with stoppable(checkpoint or pipeline.checkpoint_of(out)):
             result = pipeline.export(model, out, overwrite=overwrite, restart=restart, checkpoint=checkpoint,
                                      save_imatrix=save_imatrix, progress=reporter.update, **options, **fields)
     _emit(result, lambda r: print_rows(r, "Written and verified"))
@@ -231,9 +231,10 @@ def evaluate(package: Annotated[Path, typer.Argument(help="A .gguf package, an M
              quiet: opt.Quiet = False, json: opt.Json = False):
     """Perplexity, KL and top-1 agreement of PACKAGE against its original, in its real runtime."""
     from optrot_edge import pipeline
-    from optrot_edge.runtime.evaluate import write_report
+    from optrot_edge.runtime.evaluate import check_report_place, write_report
 
     if out is not None:
+        check_report_place(out)
         pipeline.prepare_output(out, overwrite=True)
     with _reporter(quiet, json) as reporter:
         report = pipeline.evaluate(package, reference, text=text, windows=windows, window=window, backend=backend,

@@ -50,7 +50,7 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Format = Annotated[str | None, typer.Option(help="Format: gguf (llama.cpp, the default), mlx (mlx-lm), onnx "
                                                  "(onnxruntime, transformers.js) or gptq (GPTQModel, "
-                                                 "transformers, vLLM).")]
+                                                 "transformers).")]
 Type = Annotated[str | None, typer.Option(
     help=f"Type of the decoder's matrices: {', '.join(GGUF_TYPES)}; llama.cpp's mixes "
          f"{', '.join(PRESETS)}; for the others see --bits; in checkpoints only: int4-g128-sym and the like "
@@ -66,7 +66,7 @@ def _each(values: dict, separator: str = ", ") -> str:
 Bits = Annotated[int | None, typer.Option(help=f"Bits per weight: {_each(BITS)} (default: {DEFAULT_BITS}).")]
 GroupSize = Annotated[int | None, typer.Option(help=f"Weights that share a scale and an offset: {_each(GROUPS)} "
                                                     f"(default: {_each(DEFAULT_GROUP)}).")]
-Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="ONNX and GPTQ: zero-points in "
+Symmetric = Annotated[bool | None, typer.Option("--symmetric/--no-symmetric", help="ONNX and GPTQ: zero-points in "
                                                 "the middle, or free (default: ONNX free, GPTQ in the middle).")]
 Dtype = Annotated[str | None, typer.Option(help=f"What scales and norms are stored in: {_each(DTYPES)} (default: MLX "
                                                 "the model's own, ONNX the execution provider's).")]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from functools import partial
+from math import prod
 from pathlib import Path
 
 from optrot_edge.checkpoint import QuantizedCheckpoint, chosen_by_auto
 from optrot_edge.errors import InputError
-from optrot_edge.formats import GGUF_TYPES, source_dtype
+from optrot_edge.formats import FLOAT_TYPES, GGUF_TYPES, bits_of, source_dtype
+from optrot_edge.gridspec import fitting_type, grid_spec
 from optrot_edge.inputs import Progress
 from optrot_edge.journal import sha256
 from optrot_edge.memory import parse_size
 from optrot_edge.recipe import Recipe
-from optrot_edge.rotating import prepare_output
+from optrot_edge.rotating import GGUF, prepare_output
 from optrot_edge.runtime.imports import require
-from optrot_edge.tensor_types import all_shapes, parse_overrides
+from optrot_edge.tensor_types import all_shapes, parse_overrides, tensor_types
 from optrot_edge.vocabulary_check import check_vocabulary
 
 ONNX_LAYER = 2**14  # bytes of a layer's nodes, names and vectors in an ONNX graph
@@ -69,7 +71,7 @@ class GgufFormat:
         from optrot_edge.exporters.gguf import check_free
 
         check_free(out, overwrite)
-        prepare_output(out, overwrite)
+        prepare_output(out, overwrite, GGUF)
 
     @staticmethod
     def recipe(source, fields: dict, options: PackageOptions) -> Recipe:
@@ -79,7 +81,7 @@ class GgufFormat:
     @staticmethod
     def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
-        from optrot_edge.exporters.gguf_plan import special_ids
+        from optrot_edge.exporters.gguf_plan import refuse_model, special_ids
         from optrot_edge.exporters.gguf_vocab import vocabulary
 
         given = [("--type", recipe.grid), ("--embedding-type", recipe.embedding_type),
@@ -91,6 +93,13 @@ class GgufFormat:
         which = set() if recipe.rotation == "none" else recipe.which
         if "r3" in which:
             raise InputError("--rotate r3: llama.cpp rotates a quantised K/V cache itself; leave r3 out for GGUF")
+        refuse_model(source.family, source.config)
+        if options.split_max_size is not None:
+            limit = split_size(options.split_max_size)
+            for name, kind, shape in _planned_types(source, recipe):
+                if (size := prod(shape) * bits_of(kind) / 8) > limit:
+                    raise InputError(f"--split-max-size: {name} alone takes {size:,.0f} bytes; {limit:,} are too few "
+                                     "for a file that holds it")
         own = source.path if source.kind == "gguf" else None
         entries = vocabulary(source.path, source.config.vocab_size, vocab_from=options.vocab_from or own,
                              special_ids=special_ids(source.config))
@@ -243,6 +252,7 @@ class GptqFormat(FolderFormat):
     @staticmethod
     def refuse(source, recipe: Recipe, options: PackageOptions) -> None:
         """InputError, before an hour of work, for what the exporter would refuse after it."""
+        from optrot_edge.exporters.gptq_blocks import check_grid, check_shape
         from optrot_edge.exporters.gptq_plan import refuse_model
 
         which = set() if recipe.rotation == "none" else recipe.which
@@ -253,6 +263,14 @@ class GptqFormat(FolderFormat):
         if source.config.tie_word_embeddings and recipe.head_type != "f16":
             raise InputError(f"--head-type {recipe.head_type}: this model's head is tied to its embedding, and GPTQ's "
                              "format has float embeddings only; use f16")
+        grids = [(name, grid_spec(kind), shape) for name, kind, shape in _planned_types(source, recipe)
+                 if kind not in FLOAT_TYPES]
+        for name, spec, shape in grids:
+            check_grid(spec, name)
+            check_shape(shape, spec, name)
+        if not grids and not recipe.has_target:
+            raise InputError(f"--type {recipe.type}: a GPTQ folder needs quantised matrices; choose a type such as "
+                             "int4-g128-sym-f16")
         _tokenizer_bytes(source)
 
     @staticmethod
@@ -270,6 +288,13 @@ class GptqFormat(FolderFormat):
         return export_gptq(checkpoint, out, overwrite=overwrite, progress=_bar(progress))
 
 
+def _planned_types(source, recipe: Recipe) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, type, shape) of the matrices of an open model whose types the recipe says."""
+    shapes = all_shapes(source.family, source.config)
+    return [(name, fitting_type(kind, shapes[name][-1]), shapes[name])
+            for name, kind in tensor_types(source.family, source.config, recipe).items() if kind]
+
+
 def _tokenizer_bytes(source) -> int:
     """Bytes of an open model's tokenizer as Hugging Face files; InputError where it cannot be had."""
     from optrot_edge.exporters.hf_tokenizer import write_hf_tokenizer
@@ -278,7 +303,10 @@ def _tokenizer_bytes(source) -> int:
         source.save_tokenizer(Path(folder, "source"))
         out = Path(folder, "package")
         out.mkdir()
-        write_hf_tokenizer(Path(folder, "source"), out, source.config)
+        try:
+            write_hf_tokenizer(Path(folder, "source"), out, source.config)
+        except InputError as error:  # which names the copy
+            raise InputError(str(error).replace(str(Path(folder, "source")), str(source.path))) from None
         return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from optrot_edge.processes import process_count, process_rank
 from optrot_edge.recipe import Recipe
 from optrot_edge.resume import ResumableWriter, WorkFolder, package, was_packaged
 from optrot_edge.rotating import (
+    GGUF,
     make_rotation,
     needs_learn,
     prepare_output,
@@ -42,9 +44,11 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, res
     result has, which the manifest keeps under "warnings". Under torchrun the processes share the work and only rank 0
     writes.
     """
-    _check_imatrix(save_imatrix, overwrite or (Path(out) / JOURNAL).is_file(), fields.get("calibration"))
+    out = named(out)
+    _check_apart(out=out, save_imatrix=save_imatrix)
+    _check_imatrix(save_imatrix, overwrite or (out / JOURNAL).is_file(), fields.get("calibration"))
     source, recipe, rotation = _opened(model, rotation, fields, progress)
-    with _writer(Path(out), overwrite, restart) as writer:
+    with _writer(out, overwrite, restart) as writer:
         path = writer.finish(_quantize_into(writer, source, recipe, rotation, progress))
         if not process_rank():
             _write_imatrix(path, save_imatrix)
@@ -54,7 +58,7 @@ def quantize(model: str | Path, out: str | Path, *, overwrite: bool = False, res
 def _check_imatrix(path: str | Path | None, overwrite: bool, calibration: str | None = None) -> None:
     """InputError, before any work, for an imatrix that cannot be written."""
     if path is not None:
-        prepare_output(Path(path), overwrite)
+        prepare_output(Path(path), overwrite, GGUF)
         if calibration == "none":
             raise InputError("--save-imatrix holds what calibration saw; give --calibration a text")
 
@@ -214,14 +218,17 @@ def export(model: str | Path, out: str | Path, *, format: str | None = None, ove
     of the whole package, and a run that was stopped goes on when it is started again (see `quantize`). Under torchrun
     only rank 0 writes; the other processes get an empty summary.
     """
-    out, format = Path(out), _format_of(model, format, fields)
+    out, format = named(out), _format_of(model, format, fields)
     options = PackageOptions(vocab_from, split_max_size, execution_provider, accuracy_level)
     options.check(format)
-    place = out.with_name(out.name + ".checkpoint") if checkpoint is None else Path(checkpoint)
+    place = checkpoint_of(out) if checkpoint is None else Path(checkpoint)
     if process_rank():  # of a torchrun launch: rank 0 packages what all have quantised
         if not is_checkpoint(model):
-            quantize(model, place, format=format, **fields)
+            opened = _opened(model, None, fields | {"format": format}, quiet, options=options)
+            with _writer(place, overwrite, restart) as writer:
+                _quantize_into(writer, *opened, quiet)
         return {}
+    _check_apart(out=out, checkpoint=checkpoint, save_imatrix=save_imatrix)
     with Lock(out.with_name(out.name + ".lock")):
         overwrites = overwrite or was_packaged(place, out)
         PACKAGES[format].prepare(out, overwrites)
@@ -237,6 +244,40 @@ def export(model: str | Path, out: str | Path, *, format: str | None = None, ove
             summary = package(folder, out, options.recorded(), lambda path: write_package(
                 format, folder.work, path, True, options, progress), is_file=PACKAGES[format].is_file)
             return summary | _write_imatrix(folder.work, save_imatrix)
+
+
+def named(out: str | Path) -> Path:
+    """`out`, absolute where that is what it takes to have a name ("." and ".."), links followed. InputError for the
+    root and for a link to itself."""
+    out = Path(out)
+    try:
+        if out.is_symlink():
+            out = out.resolve()
+        elif out.name in ("", ".."):
+            out = Path(os.path.abspath(out))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"--out {out}: {error}") from None
+    if not out.name:
+        raise InputError(f"--out {out} cannot be replaced by a package; give a name in it")
+    return out
+
+
+def _check_apart(**places: str | Path | None) -> None:
+    """InputError when two outputs have one place."""
+    taken: dict[Path, str] = {}
+    for name, place in places.items():
+        if place is None:
+            continue
+        option, place = f"--{name.replace('_', '-')}", Path(place).resolve()
+        if place in taken:
+            raise InputError(f"{taken[place]} and {option} are both {place}; give each a place of its own")
+        taken[place] = option
+
+
+def checkpoint_of(out: str | Path) -> Path:
+    """Where `export` to `out` keeps its checkpoint while it is at work."""
+    out = named(out)
+    return out.with_name(out.name + ".checkpoint")
 
 
 def plan(model: str | Path, *, packaged: bool = False, format: str | None = None,

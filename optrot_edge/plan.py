@@ -130,16 +130,23 @@ def _tensors(family, config, recipe, chosen=None):
 
 def check_widths(source, recipe, config=None, chosen=None) -> list[str]:
     """Remarks on the types that tensors get instead of the one asked for, because super-blocks of 256 do not fill
-    their rows. InputError if a type of the Recipe does not fit the rows of the open model (`config` when rotated)."""
-    config, other = config or source.config, {}
+    their rows, or (given `config`, the rotated model's) because the embedding is the head's own matrix. InputError if
+    a type of the Recipe does not fit the rows of the open model (`config` when rotated)."""
+    tied, config, other = config is not None and config.tie_word_embeddings, config or source.config, {}
     for _ in _tensors(source.family, config, recipe, chosen):
         pass
-    for name, _, kind, shape in _asked(source.family, config, recipe, chosen):
+    asked = {name: (kind, shape) for name, _, kind, shape in _asked(source.family, config, recipe, chosen)}
+    for name, (kind, shape) in asked.items():
         if fitting_type(kind, shape[-1]) != kind:
             other.setdefault((kind, shape[-1]), {})[name.removesuffix(".weight").rpartition(".")[2]] = None
-    return [f"rows of {width} weights do not fill {kind}'s super-blocks of {SUPER_BLOCK} and are stored as "
-            f"{fitting_type(kind, width)}, as llama-quantize does: {', '.join(names)}"
-            for (kind, width), names in other.items()]
+    notes = [f"rows of {width} weights do not fill {kind}'s super-blocks of {SUPER_BLOCK} and are stored as "
+             f"{fitting_type(kind, width)}, as llama-quantize does: {', '.join(names)}"
+             for (kind, width), names in other.items()]
+    got, _ = asked.get("embed_tokens.weight", (None, None))
+    if tied and recipe.embedding_type not in (None, got):
+        notes.append(f"--embedding-type {recipe.embedding_type} is not used: the embedding is the head's own matrix, "
+                     f"{got or 'of the type chosen'} (--head-type)")
+    return notes
 
 
 def _types(family, config, recipe) -> dict[str, str]:
@@ -280,8 +287,13 @@ def _package_tensors(checkpoint: QuantizedCheckpoint, format: str, options) -> t
         plan = PACKAGES[format].plan(checkpoint, options)
         return [(tensor.source, tensor.spec.name if tensor.spec else plan.dtype, tensor.shape, plan.size_of(tensor))
                 for tensor in plan.tensors], plan.notes
+    from optrot_edge.exporters.gguf import metadata_bytes
     from optrot_edge.exporters.gguf_plan import plan_gguf
+    from optrot_edge.exporters.gguf_split import split_plan
+    from optrot_edge.packages import split_size
 
     plan = plan_gguf(checkpoint, vocab_from=options.vocab_from)
+    if options.split_max_size is not None:
+        split_plan(plan, split_size(options.split_max_size), metadata_bytes(dataclasses.replace(plan, tensors=[])))
     return [(tensor.source, tensor.type.name.lower(), tensor.shape, tensor.nbytes)
             for tensor in plan.tensors], plan.notes

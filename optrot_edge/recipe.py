@@ -120,6 +120,10 @@ class Recipe:
             raise InputError(f"--distill {self.distill}: 0 or more epochs, on text (--calibration)")
         if self.nsamples < 1 or self.seqlen < 2:
             raise InputError("--nsamples must be at least 1 and --seqlen at least 2")
+        if self.e2e_steps < 1:
+            raise InputError(f"--e2e-steps {self.e2e_steps}: at least one is needed")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}: 0 or more is needed, and less than 2^63")
 
     @property
     def has_target(self) -> bool:
@@ -167,11 +171,13 @@ class Recipe:
     def _check_types(self) -> None:
         lower = lambda kind: kind and kind.lower()  # noqa: E731
         self.type, self.embedding_type, self.head_type = map(lower, (self.type, self.embedding_type, self.head_type))
-        self.tensor_type = list(self.tensor_type or ())
+        self.tensor_type = [self.tensor_type] if isinstance(self.tensor_type, str) else list(self.tensor_type or ())
+        if isinstance(self.target_size, str):
+            self.target_size = parse_size(self.target_size)
         self.format = self.format or "gguf"
         check_format(self.format)
         if self.symmetric is not None and self.format not in ("onnx", "gptq"):
-            raise InputError("--symmetric and --asymmetric are for --format onnx and gptq")
+            raise InputError("--symmetric and --no-symmetric are for --format onnx and gptq")
         if self.format != "gguf":
             self._check_affine()
         elif not self.bits == self.group_size == self.dtype is None:

@@ -147,7 +147,7 @@ def package(folder: WorkFolder, out: Path, options: dict, export: Callable[[Path
     It is made beside `out`, noted with its hashes, and then renamed: whichever of these a run was killed after, the
     next one knows whether what lies at `out` is its own.
     """
-    new = out.with_name(out.name + ".new")
+    new = out.with_name(out.name + ".optrot-new")
     made = folder.journal.about(PACKAGE)
     if made and made.get("options") == options and _hashes(out) == made["files"]:
         if out.is_dir():
@@ -181,10 +181,17 @@ def was_packaged(checkpoint: Path, out: Path) -> bool:
     notes = [note for journal in map(Journal.load, folders) if journal and (note := journal.about(PACKAGE))]
     if notes and any(_hashes(out).items() <= note["files"].items() for note in notes):
         return True
-    if found and work.with_name(work.name + ".lock").exists():
-        with ResumableWriter(checkpoint, temporary=True) as writer:
-            writer.clear_leftovers()
+    lock = work.with_name(work.name + ".lock")
+    if found and lock.exists():
+        with Lock(lock):
+            clear_leftovers(work)
     return False
+
+
+def clear_leftovers(work: Path) -> None:
+    """Delete what a run leaves that is killed while it deletes its work folder; an unfinished one stays."""
+    if not (work / JOURNAL).is_file():
+        remove_folder(work)
 
 
 class ResumableWriter:
@@ -193,7 +200,8 @@ class ResumableWriter:
     Use as a context manager, `begin` first, then `finish`. What happens to the work folder when it is left:
 
     * after `finish`, or a `temporary` one without an exception: it is removed;
-    * bad input in a run that was not resumed, or nothing committed yet: it is removed, nothing is left;
+    * bad input in a run that was not resumed and is not complete (which another option may package), or nothing
+      committed yet: it is removed, nothing is left;
     * anything else (Ctrl-C, a full disk, a failure): it stays, and the same command continues.
 
     `resume` False refuses what an interrupted run left. Raises InputError when `path` is taken (`overwrite` replaces a
@@ -212,14 +220,9 @@ class ResumableWriter:
             if not temporary and not (self.path / JOURNAL).is_file():
                 check_replaceable(self.path, overwrite)
         except InputError:
-            self.clear_leftovers()
+            clear_leftovers(self.work)
             self._lock.release()
             raise
-
-    def clear_leftovers(self) -> None:
-        """Delete what a run leaves that is killed while it deletes its work folder."""
-        if not (self.work / JOURNAL).is_file():
-            remove_folder(self.work)
 
     def begin(self, settings: dict) -> WorkFolder:
         """The work folder, resumed if there is one; InputError when it was begun under other settings."""
@@ -291,4 +294,4 @@ class ResumableWriter:
         if not any(folder.journal.entries for folder in self._folders):
             return True
         bad_input = isinstance(error, InputError) and not isinstance(error, StorageError)
-        return bad_input and not self.first.resumed
+        return bad_input and not self.first.resumed and not any(folder.is_complete for folder in self._folders)

@@ -39,12 +39,22 @@ def needs_learn() -> None:
         raise InputError('rotating and quantising need torch: pip install "optrot-edge[learn]"') from None
 
 
-def prepare_output(out: Path, overwrite: bool) -> None:
-    """Make the folder of the file `out`; InputError when it cannot be, or when `out` is taken."""
+GGUF = b"GGUF"  # what such files begin with
+
+
+def prepare_output(out: Path, overwrite: bool, magic: bytes = b"") -> None:
+    """Make the folder of the file `out`; InputError when it cannot be, or when `out` is taken: at all or (`overwrite`)
+    by a file that does not begin with `magic`."""
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; choose another --out or pass --overwrite")
     if out.is_dir():
         raise InputError(f"{out} is a folder; --out must name a file")
+    if magic and out.is_file() and out.stat().st_size:
+        with open(out, "rb") as handle:
+            begin = handle.read(len(magic))
+        if begin != magic:
+            raise InputError(f"{out} is no {magic.decode()} file, and --overwrite replaces nothing else; choose "
+                             "another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

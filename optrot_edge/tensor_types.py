@@ -142,7 +142,7 @@ def _by_recipe(name: str, config, recipe, family) -> str | None:
 
 def parse_overrides(overrides) -> dict[re.Pattern, str]:
     """`PATTERN=TYPE` entries: regular expressions, and the types of what they match. InputError for a bad one."""
-    found = {}
+    found: dict[re.Pattern, str] = {}
     for entry in overrides:
         pattern, equals, kind = entry.rpartition("=")
         kind = kind.strip().lower()
@@ -151,9 +151,12 @@ def parse_overrides(overrides) -> dict[re.Pattern, str]:
         if kind not in FLOAT_TYPES:
             grid_spec(kind)
         try:
-            found[re.compile(pattern)] = kind
+            compiled = re.compile(pattern)
         except re.error as error:
             raise InputError(f"--tensor-type {entry}: {pattern!r} is no regular expression: {error}") from None
+        if compiled in found:
+            raise InputError(f"--tensor-type {entry}: {pattern!r} is given twice; leave one out")
+        found[compiled] = kind
     return found
 
 

@@ -67,6 +67,7 @@ def test_methods_that_no_package_can_hold(name, files, tmp_path, capfd):
     ({"rotation": "kurtail", "rotate": "r3"}, "learns R1 and R2, but --rotate names neither"),
     ({"rotation": "spinquant-w4", "type": "f16"}, "is for a quantised body"),
     ({"rotation": "spinquant", "e2e_steps": 0}, "--e2e-steps"),
+    ({"rotation": "kurtail", "e2e_steps": 0}, "--e2e-steps"),
     ({"rotation": "spinquant", "e2e_tokens": 1}, "--e2e-tokens"),
     ({"rotation": "ostquant", "e2e_activations": 5}, "--e2e-activations 5: use 4, 8 or 16"),
     ({"rotation": "spinquant", "e2e_activations": 16}, "rounds nothing"),

@@ -74,6 +74,29 @@ def test_more_bytes_never_cost_more(source):
         last = min(last, expected)
 
 
+def test_costs_of_other_types_are_not_taken_for_none(source):
+    """Symmetric grids' where asymmetric ones' are known."""
+    recipe = Recipe(rotation="none", target_bpw=5.3, format="onnx", dtype="float32", symmetric=True)
+    budget = check_target(source, source.config, recipe)
+    with pytest.raises(KeyError, match="int"):
+        allot(source.family, source.config, recipe, random_costs(source, 3), budget)
+
+
+@pytest.mark.parametrize("bpw", [4.7, 5.3, 6.1, 7.4])
+def test_no_single_change_is_left_that_fits_and_saves(source, bpw):
+    recipe, shapes = Recipe(rotation="none", target_bpw=bpw), all_shapes(source.family, source.config)
+    for seed in range(6):
+        costs, budget = random_costs(source, seed), check_target(source, source.config, recipe)
+        types, _ = allot(source.family, source.config, recipe, costs, budget)
+        spare = budget - size_of(source, types)
+        for name, kind in types.items():
+            uses = [name, "lm_head.weight"] if name == "embed_tokens.weight" else [name]
+            for other in candidates(96):
+                more = prod(shapes[name]) * (bits_of(other) - bits_of(kind)) / 8
+                saved = sum(costs[use][kind] - costs[use][other] for use in uses)
+                assert more > spare or saved <= 0, (seed, name, kind, other)
+
+
 def test_too_small_a_target(source):
     with pytest.raises(InputError, match="the smallest types take"):
         check_target(source, source.config, Recipe(target_size=10_000))

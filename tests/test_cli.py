@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import gguf
 import pytest
 
 from optrot_edge.checkpoint import QuantizedCheckpoint
+from optrot_edge.quantize.calibration import builtin_text
+from optrot_edge.runtime.reference import read_reference
+from optrot_edge.runtime.text import text_sha256
 from tests.cli_runner import RTN, child, left, refused, run, run_ok
 from tests.road import FAST_OPTIONS, save_model
 
@@ -94,6 +98,38 @@ def test_tables_and_quiet(what, files, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def table_of(text: str) -> dict[str, str]:
+    """The rows of a printed table of two columns."""
+    rows = (line.strip().strip("│").split("│") for line in text.splitlines() if "│" in line)
+    return {row[0].strip(): row[1].strip() for row in rows}
+
+
+def test_what_eval_prints_is_what_it_measured(files, tmp_path, capfd):
+    options = ["--reference", files["model"], "--text", files["text"], "--windows", 2, "--window", 32, "--no-speed"]
+    run_ok("eval", files["gguf"], *options, "--out", tmp_path / "r.json")
+    said, report = table_of(capfd.readouterr().out), json.loads((tmp_path / "r.json").read_text())
+    assert said["KL divergence, mean (nats)"] == f"{report['kl_mean']:.4f} ± {report['kl_se']:.4f}"
+    assert said["KL median / p90 / p99"] == " / ".join(f"{report[f'kl_{q}']:.4f}" for q in ("median", "p90", "p99"))
+    assert said["perplexity"] == f"{report['ppl']:.3f} ± {report['ppl_se']:.3f}"
+    assert said["perplexity of the reference"] == f"{report['ppl_reference']:.3f} ± {report['ppl_reference_se']:.3f}"
+    assert report["ppl"] != report["ppl_reference"]
+    assert said["top-1 agreement"].startswith(f"{report['top1']:.4f}")
+    size = files["gguf"].stat().st_size
+    assert said["size"] == f"{size / 1e6:.1f} MB, {report['bits_per_weight']:.3f} bits per weight"
+
+
+def test_what_rotate_prints_is_what_it_measured(files, tmp_path, capfd):
+    run_ok("rotate", files["model"], "--out", tmp_path / "r.safetensors", "--rotation", "hadamard", "--calibration",
+           files["text"], "--nsamples", 8, "--seqlen", 32)
+    said = capfd.readouterr().out
+    measured = json.loads((tmp_path / "r.json").read_text())["layers"]
+    for matrix in ("q_proj", "down_proj"):
+        before, after = (median(row[when]["mu_w"] for row in measured if row["matrix"] == matrix)
+                         for when in ("before", "after"))
+        assert before != after
+        assert any(matrix in line and f"{before:.3g} → {after:.3g}" in line for line in said.splitlines()), said
+
+
 def test_quiet_json_in_a_process(files):
     done = child("inspect", files["gguf"], "--json", "--quiet")
     assert done.returncode == 0 and done.stderr == ""
@@ -101,6 +137,28 @@ def test_quiet_json_in_a_process(files):
 
 
 # what is written
+
+def test_the_built_in_text_is_not_the_one_calibrated_on(files, tmp_path, capfd):
+    """`eval`, `reference` and `compare` read its other part."""
+    common = ["--text", "builtin", "--windows", 2, "--window", 32]
+    run_ok("eval", files["gguf"], "--reference", files["model"], "--no-speed", "--json", *common)
+    assert json.loads(capfd.readouterr().out)["text_sha256"] == text_sha256(builtin_text("test"))
+    run_ok("reference", files["model"], "--out", tmp_path / "r.json", "-q", *common)
+    assert read_reference(tmp_path / "r.json").text_sha256 == text_sha256(builtin_text("test"))
+    run_ok("compare", files["model"], "--out", tmp_path / "c", "--rotations", "none", "--quantizers", "rtn",
+           "--group-size", 32, "--no-mu-h", "--nsamples", 4, "--seqlen", 32, "--calibration", files["text"], "--json",
+           *common)
+    settings = json.loads((tmp_path / "c" / "results.json").read_text())["settings"]
+    assert settings["recipe"]["text"] == text_sha256(builtin_text("test"))
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("--no-symmetric", "int4-g32-zero-f16"),
+                                            ("--symmetric", "int4-g32-sym-f16")])
+def test_symmetric_is_a_flag(flag, kind, files, tmp_path, capfd):
+    run_ok("quantize", files["model"], "--format", "gptq", flag, "--group-size", 32, "--out", tmp_path / "c", *RTN,
+           "--dry-run", "--json")
+    assert json.loads(capfd.readouterr().out)["types"]["body"] == kind
+
 
 def test_reference_file_then_eval_without_the_model(files, tmp_path, capfd):
     ref, report = tmp_path / "ref.json.gz", tmp_path / "report.json"

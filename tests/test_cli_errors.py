@@ -54,13 +54,107 @@ def test_usage_errors(arguments, says, capfd):
     (["--asymmetric", "all"], "--asymmetric all"), (["--asymmetric", "inputs", "--quantizer", "rtn"], "for GPTQ"),
     (["--optrot-solver", "adam"], "adam"), (["--optrot-steps", 0], "step"), (["--nsamples", 0], "--nsamples"),
     (["--nsamples", 100000], "windows"), (["--seqlen", 257], "--seqlen 257"), (["--calibration", "none"], "GPTQ needs"),
-    (["--calibration", "missing.txt"], "missing.txt")])
+    (["--calibration", "missing.txt"], "missing.txt"), (["--seed", -1], "--seed -1: 0 or more")])
 def test_recipe_errors(options, says, files, tmp_path, capfd):
     start = ["quantize", files["model"], "--out", tmp_path / "c", *FAST_OPTIONS]
     if "--calibration" not in options:
         start += ["--calibration", files["text"]]
     refused(capfd, *start, *options, says=says)
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", ["gguf", "mlx"])
+@pytest.mark.parametrize("out", [".", ".."])
+def test_outputs_without_a_name(out, format, files, tmp_path, monkeypatch, capfd):
+    """A folder that is there is refused, whatever it is called."""
+    here = tmp_path / "a"
+    here.mkdir()
+    (here / "b").mkdir()
+    monkeypatch.chdir(here)
+    refused(capfd, "export", files["model"], "--format", format, "--out", out, *RTN, says="exist")
+    refused(capfd, "export", files["model"], "--format", format, "--out", "/", *RTN, says="give a name in it")
+    assert left(tmp_path) == ["a"] and left(here) == ["b"]
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(("case", "config", "options", "says"), [
+    ("smollm2", {}, ["--split-max-size", "40KB"], "--split-max-size: embed_tokens.weight alone takes 52,224 bytes"),
+    ("qwen2", {"rope_parameters": LLAMA3}, [], "factors for llama only, not for qwen2"),
+    ("smollm2", {}, ["--format", "gptq", "--type", "f16"], "needs quantised matrices"),
+    ("llama", {"vocab_size": 513}, ["--format", "gptq", "--group-size", 32, "--head-type", "4bit"],
+     "513 by 96, and GPTQ's format needs multiples of 8")])
+def test_what_the_exporter_would_refuse_is_refused_before_any_work(case, config, options, says, tmp_path, capfd):
+    model, layers = save_model(tmp_path / "model", case, vocab_size=config.get("vocab_size", 512)), []
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    arguments = ["export", model, "--out", tmp_path / "p", *RTN, *options]
+    refused(capfd, *arguments, says=says)
+    refused(capfd, *arguments, "--dry-run", says=says)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optrot_edge.pipeline._quantize_into", lambda *_: layers.append(1))
+        refused(capfd, *arguments, says=says)
+    assert not layers and left(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("format", ["mlx", "onnx", "gptq"])
+def test_a_model_without_a_tokenizer_is_named(format, tmp_path, capfd):
+    """Not the copy in which its absence is found."""
+    model = save_tiny(tmp_path / "model", "llama")
+    line = refused(capfd, "export", model, "--format", format, "--out", tmp_path / "package",
+                   "--rotation", "none", "--group-size", 32, says="no tokenizer.json")
+    assert line.startswith(f"error: {model}: ") and line.endswith(f"put tokenizer.json into {model}")
+    assert left(tmp_path) == ["model"]
+
+
+def test_places_that_are_one(files, tmp_path, capfd):
+    out = tmp_path / "m.gguf"
+    for option in ("--save-imatrix", "--checkpoint"):
+        refused(capfd, "export", files["model"], "--out", out, option, tmp_path / "." / "m.gguf", *RTN,
+                says=f"--out and {option} are both {out}")
+    refused(capfd, "quantize", files["model"], "--out", tmp_path / "c", "--save-imatrix", tmp_path / "c", *RTN,
+            says="--out and --save-imatrix are both")
+    assert left(tmp_path) == []
+
+
+def test_what_is_no_package_is_not_overwritten(files, tmp_path, copied, capfd):
+    notes, model = tmp_path / "notes.txt", copied(files["model"])
+    notes.write_text("keep")
+    for out in (notes, model / "model.safetensors"):
+        held = out.read_bytes()
+        refused(capfd, "export", model, "--out", out, "--overwrite", *RTN, says="is no GGUF file, and --overwrite")
+        assert out.read_bytes() == held
+    gguf, report = Path(shutil.copy(files["gguf"], tmp_path)), tmp_path / "report.json"
+    options = ["--reference", files["model"], "--text", files["text"], "--windows", 1, "--window", 32, "--no-speed"]
+    for out in (gguf, notes):
+        held = out.read_bytes()
+        refused(capfd, "eval", gguf, *options, "--out", out, says="is no report of an evaluation")
+        assert out.read_bytes() == held
+    for _ in range(2):  # a report may be replaced
+        run_ok("eval", gguf, *options, "--out", report, "-q")
+    refused(capfd, "reference", files["model"], "--text", files["text"], "--out", tmp_path / "ref.txt",
+            says="ends in .json, .json.gz or .kld")
+
+
+def test_somebody_elses_lock_file(files, tmp_path, capfd):
+    (tmp_path / "poetry.lock").write_text("# This file is automatically @generated by Poetry\n")
+    refused(capfd, "export", files["model"], "--out", tmp_path / "poetry", *RTN, says="no lock of optrot-edge; move it")
+    assert (tmp_path / "poetry.lock").read_text().endswith("by Poetry\n") and left(tmp_path) == ["poetry.lock"]
+
+
+def test_links_are_followed(files, tmp_path, capfd):
+    link, options = tmp_path / "link", ["--format", "mlx", "--group-size", 32, *RTN, "-q"]
+    (tmp_path / "there").mkdir()
+    link.symlink_to("there")
+    for seed in (0, 1, 2):
+        run_ok("export", files["model"], "--out", link, *options, "--overwrite", "--seed", seed)
+    assert link.is_symlink() and (tmp_path / "there" / "config.json").is_file()
+    assert left(tmp_path) == ["link", "there"]
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    refused(capfd, "export", files["model"], "--out", loop, *options, says=f"--out {loop}")
 
 
 def test_unknown_format(files, tmp_path, capfd):
@@ -218,6 +312,7 @@ def test_existing_outputs(files, tmp_path, capfd):
         refused(capfd, *command, "--out", out, says="taken exists; choose another --out or pass --overwrite")
     assert out.read_text() == "mine" and left(tmp_path) == ["taken"]
     refused(capfd, "quantize", files["model"], "--out", out, "--overwrite", *RTN, says="taken is no checkpoint")
+    out.write_bytes(b"GGUF of mine")
     run_ok("export", files["checkpoint"], "--out", out, "--overwrite", "-q")
     assert out.read_bytes() == files["gguf"].read_bytes()
     refused(capfd, "export", files["checkpoint"], "--out", tmp_path, "--overwrite", says="is a folder")
@@ -247,7 +342,8 @@ def test_full_disk(command, files, tmp_path):
                  "package": ["export", files["checkpoint"]],
                  "rotate": ["rotate", files["model"], "--rotation", "hadamard", "--calibration", "none"],
                  "reference": ["reference", files["model"], "--text", files["text"], "--window", 64]}[command]
-    done = child(*arguments, "--out", tmp_path / "out", preexec_fn=limit_files)
+    out = tmp_path / ("out.json" if command == "reference" else "out")
+    done = child(*arguments, "--out", out, preexec_fn=limit_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and "out" in line and "cannot" in line, done.stderr

@@ -46,6 +46,16 @@ def test_too_little_is_refused_before_any_work(tiny, text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_share_of_a_control_group_counts(tiny, monkeypatch):
+    """Where it is less than the machine's; "max" is no limit."""
+    config, recipe = open_model(tiny("llama")).config, Recipe(nsamples=1000, rotation="none")
+    machine = memory.os.sysconf("SC_PHYS_PAGES") * memory.os.sysconf("SC_PAGE_SIZE")
+    for said, expected in (("max\n", machine), ("123456789\n", 123456789), (f"{2 * machine}\n", machine)):
+        monkeypatch.setattr(memory.Path, "read_text", lambda self, said=said: said)
+        assert memory.physical_memory() == expected
+        assert memory.must_spill(config, recipe) == (expected < machine)
+
+
 def test_when_streams_go_to_the_disk(tiny):
     config = open_model(tiny("llama")).config
     recipe = Recipe(nsamples=10**6, rotation="none")

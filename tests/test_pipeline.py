@@ -262,7 +262,7 @@ def test_paths_may_be_path_objects(model, tmp_path, text):
 @pytest.mark.parametrize("last", [False, True])
 def test_an_interrupt_at_any_stage(stage, last, model, tmp_path, text):
     """Nothing is left before anything is finished; later the work folder is, with which the same call goes on."""
-    (tmp_path / "m.gguf").write_bytes(b"mine")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF of mine")
 
     def interrupt(name, done, total, note):
         if name == stage and done >= (total if last else 1):
@@ -274,7 +274,7 @@ def test_an_interrupt_at_any_stage(stage, last, model, tmp_path, text):
         pipeline.export(model("llama"), tmp_path / "m.gguf", progress=interrupt, **fields)
     kept = [] if stage == "learn rotation" else ["m.gguf.checkpoint.partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", *kept]
-    assert (tmp_path / "m.gguf").read_bytes() == b"mine"
+    assert (tmp_path / "m.gguf").read_bytes() == b"GGUF of mine"
     pipeline.export(model("llama"), tmp_path / "m.gguf", **fields)
     pipeline.export(model("llama"), tmp_path / "undisturbed.gguf", **fields)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "undisturbed.gguf"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from optrot_edge import fingerprint, pipeline
-from optrot_edge.errors import InputError
+from optrot_edge.errors import InputError, StorageError
 from optrot_edge.journal import JOURNAL, Lock
 from optrot_edge.models.gguf_parts import part_path
 from tests.crashes import KILLED, contents, in_child, kill_after, kill_at
@@ -60,7 +60,7 @@ def run_again(run, here, prepare=lambda: None) -> int:
     """Exit code of the same command once more. A run that was killed with all but its leftovers done is told so;
     these are gone then."""
     finished = (here / "out").exists() or part_path(here / "out", 0, 2).exists()
-    done = finished and not list(here.rglob(JOURNAL)) and not list(here.rglob("*.replaced"))
+    done = finished and not list(here.rglob(JOURNAL)) and not list(here.rglob("*.optrot-replaced"))
     code = in_child(run, prepare)
     return 0 if done and code == 1 else code
 
@@ -320,6 +320,55 @@ def test_a_full_disk_keeps_the_layers(models, text, tmp_path, monkeypatch):
     assert "layer-00000.safetensors" in names(tmp_path / "c.partial")
     pipeline.quantize(models["llama"], tmp_path / "c", **fields)
     assert names(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("write", ["tokenizer", "rotation"])
+def test_a_full_disk_keeps_what_was_done(write, models, text, tmp_path, monkeypatch):
+    """Wherever it is met, in a first run too."""
+    fields = {**FAST, "calibration": text}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left"):
+        if write == "tokenizer":
+            patch.setattr("optrot_edge.models.tokenizer_files.shutil.copyfile", full)
+        else:
+            patch.setattr("optrot_edge.rotations.rotation.save_file", full)
+        pipeline.quantize(models["llama"], tmp_path / "c", **fields)
+    assert names(tmp_path) == (["c.partial"] if write == "tokenizer" else [])  # nothing was done before the rotation
+    pipeline.quantize(models["llama"], tmp_path / "c", **fields)
+    assert names(tmp_path) == ["c"]
+
+
+def test_what_is_complete_outlives_a_refused_package(models, tmp_path, monkeypatch):
+    """Another option may package it without quantising again."""
+    def refuse(*_, **__):
+        raise InputError("too few parts")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="too few parts"):
+        patch.setattr("optrot_edge.exporters.gguf.export_gguf", refuse)
+        pipeline.export(models["llama"], tmp_path / "m.gguf", **RTN)
+    assert names(tmp_path) == ["m.gguf.checkpoint.partial"]
+    seen = []
+    pipeline.export(models["llama"], tmp_path / "m.gguf", **RTN, split_max_size="1G",
+                    progress=lambda name, *_: seen.append(name))
+    assert names(tmp_path) == ["m.gguf"] and "quantise layers" not in seen
+
+
+def test_a_refused_output_keeps_an_unfinished_run(models, text, tmp_path):
+    """Of `export --overwrite`, killed, and given again without that."""
+    out, fields = tmp_path / "m.gguf", {**FAST, "calibration": text}
+    pipeline.export(models["llama"], out, **RTN)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.export(models["llama"], out, overwrite=True, progress=stop_at("quantise layers", 1), **fields)
+    (tmp_path / "m.gguf.checkpoint.partial.lock").touch()  # as kill -9 leaves it
+    kept = contents(tmp_path / "m.gguf.checkpoint.partial")
+    with pytest.raises(InputError, match="exists; choose another --out or pass --overwrite"):
+        pipeline.export(models["llama"], out, **fields)
+    assert contents(tmp_path / "m.gguf.checkpoint.partial") == kept
+    pipeline.export(models["llama"], out, overwrite=True, **fields)
+    assert names(tmp_path) == ["m.gguf"]
 
 
 # auto

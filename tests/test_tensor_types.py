@@ -105,6 +105,8 @@ def test_an_override_that_matches_nothing(source):
         tensor_types(source.family, source.config, Recipe(rotation="none", tensor_type=["ffn_dwn=q8_0"]))
     with pytest.raises(InputError, match="no matrix of this model is left"):  # an earlier one took them all
         tensor_types(source.family, source.config, Recipe(rotation="none", tensor_type=["ffn=q8_0", "ffn_up=q4_0"]))
+    with pytest.raises(InputError, match="'ffn_down' is given twice"):
+        Recipe(tensor_type=["ffn_down=q6_k", "ffn_down=q8_0"])
 
 
 def test_unknown_types_name_the_mixes():

@@ -67,6 +67,20 @@ def test_a_head_that_falls_back_is_named(tmp_path):
     assert notes == [said.format("iq4_xs", "iq4_nl", "embed_tokens"), said.format("q6_k", "q8_0", "lm_head")]
 
 
+def test_a_type_for_a_tied_embedding_is_said_to_be_unused(tmp_path, capfd):
+    """R1 unties SmolLM2's head, whose final gain is not constant; without it there is one matrix for both."""
+    model = save_model(tmp_path / "model", "smollm2")
+    for head, said in (((), True), (("--head-type", "q5_0"), False)):
+        out = tmp_path / f"c{len(head)}"
+        run_ok("quantize", model, "--out", out, "--embedding-type", "q5_0", *head, "-q", *RTN)
+        assert QuantizedCheckpoint(out).manifest["notes"] == [
+            "--embedding-type q5_0 is not used: the embedding is the head's own matrix, q8_0 (--head-type)"] * said
+    rotated = [*RTN[:-1], "hadamard"]
+    run_ok("quantize", model, "--out", tmp_path / "c", "--embedding-type", "q5_0", "-q", *rotated)
+    manifest = QuantizedCheckpoint(tmp_path / "c").manifest
+    assert manifest["notes"] == [] and manifest["tensors"]["embed_tokens.weight"]["grid"] == "q5_0"
+
+
 def test_mlx_grids_stay_in_checkpoints(wide, tmp_path, capfd):
     run_ok("quantize", wide, "--out", tmp_path / "c", "--type", "mlx-4bit-g64-bf16", "--head-type", "mlx-8bit-g32",
            "-q", *RTN)

@@ -58,8 +58,8 @@ class HFSource(ModelSource):
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows of the embedding or the head; InputError as `lm_head` raises it."""
         rows = super().rows(name, start, stop, dtype)
-        if name == "lm_head.weight" and self._spare_head:
-            self._compare_heads(rows, self._read_rows(name, start, stop, dtype))
+        if name in ("embed_tokens.weight", "lm_head.weight") and self._spare_head:
+            self._compare_heads(rows, self._read_rows("lm_head.weight", start, stop, dtype))
         return rows
 
     def _compare_heads(self, embedding: torch.Tensor, head: torch.Tensor) -> None:

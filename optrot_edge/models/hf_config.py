@@ -103,10 +103,15 @@ def _head_dim(data: dict, family: Family) -> int:
 
 def _rope(data: dict, family: Family) -> tuple[float, dict | None]:
     """RoPE base and scaling from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling`."""
-    parameters = data.get("rope_parameters") or {}
-    scaling = parameters or data.get("rope_scaling") or {}
+    parameters, scaling = data.get("rope_parameters") or {}, data.get("rope_scaling") or {}
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise InputError("config: rope_parameters and rope_scaling must be objects")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise InputError("config: rope_parameters of each kind of layer are not supported; only one for all layers is")
+    if parameters and any(parameters.get(key) != value for key, value in scaling.items() if key != "type"):
+        raise InputError("config: rope_scaling and rope_parameters say different things; put what is to hold into "
+                         "rope_parameters, and leave rope_scaling out")
+    scaling = parameters or scaling
     theta = parameters.get("rope_theta", data.get("rope_theta"))
     theta = positive_number(10000.0 if theta is None else theta, "rope_theta")
     partial = parameters.get("partial_rotary_factor", data.get("partial_rotary_factor"))

@@ -155,3 +155,9 @@ def test_how_it_was_made(model, text, tmp_path):
     assert found.pop("version") and len(found.pop("calibration.sha256")) == 64
     assert found == {"rotation": "hadamard", "rotation.applied": "r2", "quantizer": "gptq", "seed": 0,
                      "calibration.windows": 4, "calibration.window_tokens": 32}
+
+
+def test_long_seeds(model, tmp_path):
+    pipeline.export(model("llama"), tmp_path / "m.gguf", rotation="hadamard", quantizer="rtn", calibration="none",
+                    seed=2**40)
+    assert keys(tmp_path / "m.gguf")["optrot.seed"] == (["UINT64"], 2**40)

@@ -44,6 +44,14 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.glob("m*"))
 
 
+def test_leftovers_of_a_killed_export_stay_out(checkpoint, tmp_path):
+    left = tmp_path / "m.gguf.partial" / "m-00001-of-00003.gguf"
+    left.parent.mkdir()
+    left.write_bytes(b"GGUF?")
+    export_gguf(checkpoint, tmp_path / "m.gguf")
+    assert names(tmp_path) == ["m.gguf"]
+
+
 @pytest.fixture(scope="module")
 def split(checkpoint, tmp_path_factory):
     """Path of the first of several parts."""

@@ -252,7 +252,7 @@ def test_from_gguf(model, tmp_path):
     (["--head-type", "q8_0"], "q8_0: ONNX stores 2bit, 4bit, 8bit"),
     (["--rotation", "hadamard", "--rotate", "r4"], "R4 block 256 must be a power of two that divides 160"),
     (["--vocab-from", "x.gguf"], "--vocab-from is for GGUF"),
-    (["--format", "mlx", "--symmetric"], "--symmetric and --asymmetric are for --format onnx and gptq"),
+    (["--format", "mlx", "--symmetric"], "--symmetric and --no-symmetric are for --format onnx and gptq"),
     (["--format", "gguf", "--accuracy-level", "4"], "--accuracy-level is for --format onnx"),
 ])
 def test_bad_input_is_refused(options, says, model, tmp_path, capfd):

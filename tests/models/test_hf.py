@@ -162,12 +162,23 @@ def test_tokenizer_files_are_copied(copy, tmp_path, kind):
      "must exceed"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"rope_parameters": [1]}, "must be objects"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "say different things"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "say different things"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, "each kind of layer"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_configs(copy, changes, message):
     folder = edit(copy(), **changes)
     with pytest.raises(InputError) as caught:
         open_model(folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rope_scaling_that_repeats_the_parameters(copy, tiny):
+    """As folders have it that were made for several versions of transformers."""
+    folder = copy("llama_linear_rope")
+    factor = json.loads((folder / "config.json").read_text())["rope_parameters"]["factor"]
+    for scaling in ({"rope_type": "linear", "factor": factor}, {"type": "linear", "factor": factor}):
+        assert open_model(edit(folder, rope_scaling=scaling)).config.rope_scaling["factor"] == factor
 
 
 def test_sliding_windows_of_qwen(copy):
@@ -189,8 +200,10 @@ def test_tied_models_with_a_stored_head(tiny, copy):
     assert source.lm_head() is None
     assert torch.equal(logits(source, tokens), logits(open_model(tiny("smollm2")), tokens))
     edit_tensors(folder, lambda t: t["lm_head.weight"].mul_(2))
-    with pytest.raises(InputError, match="differs from the embedding"):
-        open_model(folder).lm_head()
+    for read in (lambda source: source.lm_head(), lambda source: source.rows("embed_tokens.weight", 0, 8),
+                 lambda source: source.rows("lm_head.weight", 0, 8)):  # whichever matrix is quantised for both
+        with pytest.raises(InputError, match="differs from the embedding"):
+            read(open_model(folder))
 
 
 def test_missing_or_damaged_weights(copy, tmp_path):
