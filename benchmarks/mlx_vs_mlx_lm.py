@@ -135,12 +135,12 @@ def decoded(package: Path, out: Path) -> Path:
 
 
 def ratios(rows: list[dict]) -> dict:
-    """By arm: bytes, KL, and its ratios to the peers."""
+    """By arm: bytes, KL, and its ratios to the peers and to ours without a rotation."""
     found = {}
     for row in rows:
         found[row["arm"]] = {"bytes": row["bytes"], "kl": row["kl"], "kl_mlx": row["mlx"]["kl"], "top1": row["top1"]}
         for peer in rows:
-            if peer["arm"] not in OURS and peer is not row:
+            if (peer["arm"] not in OURS or peer["arm"] == "ours+none") and peer is not row:
                 found[row["arm"]][f"to {peer['arm']}"] = bootstrap_ratio(np.array([row["kl_windows"]]),
                                                                          np.array(peer["kl_windows"]))
     return found
@@ -155,10 +155,10 @@ def run(options: argparse.Namespace) -> dict:
 def print_table(results: dict) -> None:
     """Sizes, KL and ratios, best last."""
     form = lambda r: f"{r['ratio']:.3f} ({r['low']:.3f}-{r['high']:.3f})" if r else ""  # noqa: E731
-    table = Table("arm", "MB", "KL", "in mlx-lm", "top-1", *(f"to {peer} (95 %)" for peer in PEERS))
+    table = Table("arm", "MB", "KL", "in mlx-lm", "top-1", *(f"to {peer} (95 %)" for peer in (*PEERS, "ours+none")))
     for arm, entry in sorted(results["ratios"].items(), key=lambda item: -item[1]["kl"]):
         table.add_row(arm, f"{entry['bytes'] / 1e6:.1f}", f"{entry['kl']:.4f}", f"{entry['kl_mlx']:.4f}",
-                      f"{entry['top1']:.1%}", *(form(entry.get(f"to {peer}")) for peer in PEERS))
+                      f"{entry['top1']:.1%}", *(form(entry.get(f"to {peer}")) for peer in (*PEERS, "ours+none")))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -12,7 +12,8 @@ norm gains learn from the float model for four epochs; GPTQ calibrates on three 
 from the last, so that no arm reads more text. `default`: residual and refit. `default-guidance`, `default-distill`:
 that with one part more; `all`: with both. `plus-r2` after a + rotates with OptRot+ (R2, scales) first.
 
-Ratios to `gptq` carry a paired bootstrap 95 % interval over windows. Arms are written to `--out` as they are done.
+Ratios to `gptq`, and of what adds to `default` to that, carry a paired bootstrap 95 % interval over windows. Arms are
+written to `--out` as they are done.
 """
 
 from __future__ import annotations
@@ -57,25 +58,29 @@ class Ablation(Bench):
 
 
 def ratios(rows: list[dict]) -> dict:
-    """Per grid and arm: KL and its ratio to `gptq`."""
+    """Per grid and arm: KL, its ratio to `gptq`, and that of what adds to `default` to it."""
+    kl = {(row["grid"], row["arm"], row["seed"]): row["kl_windows"] for row in rows}
     found: dict = {}
-    for row in rows:
-        base = [r["kl_windows"] for r in rows if (r["grid"], r["arm"], r["seed"]) == (row["grid"], "gptq", row["seed"])]
-        entry = {"kl": float(np.mean(row["kl_windows"]))}
-        if base and row["arm"] != "gptq":
-            entry |= bootstrap_ratio(np.array([row["kl_windows"]]), np.array(base[0]))
-        found.setdefault(row["grid"], {})[row["arm"]] = entry
+    for grid, arm, seed in kl:
+        windows = kl[grid, arm, seed]
+        entry: dict = {"kl": float(np.mean(windows))}
+        if arm != "gptq" and (grid, "gptq", seed) in kl:
+            entry |= bootstrap_ratio(np.array([windows]), np.array(kl[grid, "gptq", seed]))
+        if arm != "default" and arm.startswith(("default", "all")) and (grid, "default", seed) in kl:
+            entry["to default"] = bootstrap_ratio(np.array([windows]), np.array(kl[grid, "default", seed]))
+        found.setdefault(grid, {})[arm] = entry
     return found
 
 
 def print_table(results: dict) -> None:
     """KL and ratios, grid by grid."""
-    table = Table("grid", "arm", "KL", "to gptq (95 %)", "seconds")
+    form = lambda r: f"{r['ratio']:.3f} ({r['low']:.3f}-{r['high']:.3f})" if "ratio" in r else ""  # noqa: E731
+    table = Table("grid", "arm", "KL", "to gptq (95 %)", "to default (95 %)", "seconds")
     seconds = {(row["grid"], row["arm"]): row["seconds"]["quantise"] for row in results["rows"]}
     for grid, arms in results["ratios"].items():
         for arm, entry in sorted(arms.items(), key=lambda item: -item[1]["kl"]):
-            ratio = f"{entry['ratio']:.3f} ({entry['low']:.3f}-{entry['high']:.3f})" if "ratio" in entry else ""
-            table.add_row(grid, arm, f"{entry['kl']:.4f}", ratio, f"{seconds[grid, arm]:.0f}")
+            table.add_row(grid, arm, f"{entry['kl']:.4f}", form(entry), form(entry.get("to default", {})),
+                          f"{seconds[grid, arm]:.0f}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
