@@ -188,7 +188,8 @@ def compare(model: opt.Model, text: Annotated[str, typer.Option(help="Text to ev
             e2e_tokens: opt.E2eTokens = 1024, calibration: opt.TextOnly = "builtin",
             nsamples: opt.Nsamples = 128, seqlen: opt.Seqlen = 256, damp: opt.Damp = 0.01,
             act_order: opt.ActOrder = True, windows: opt.Windows = None, window: opt.Window = None,
-            mu_h: opt.MuH = True, max_minutes: opt.MaxMinutes = None, seed: opt.Seed = 0, device: opt.Device = "auto",
+            mu_h: opt.MuH = True, tasks: opt.Tasks = None, task_limit: opt.TaskLimit = None,
+            max_minutes: opt.MaxMinutes = None, seed: opt.Seed = 0, device: opt.Device = "auto",
             max_memory: opt.MaxMemory = None, restart: opt.Restart = False, quiet: opt.Quiet = False,
             json: opt.Json = False, ctx: typer.Context = None):
     """Measure MODEL under several rotations, as the papers' tables do: KL, perplexity, SNR, figures.
@@ -203,7 +204,9 @@ def compare(model: opt.Model, text: Annotated[str, typer.Option(help="Text to ev
         found = run(model, out, text=text, restart=restart, progress=reporter.update, interrupted=stopped,
                     rotations=opt.listed(rotations), bits=opt.listed(bits, int), group_size=group_size, grid=grid,
                     quantizers=opt.listed(quantizers), activations=opt.listed(activations, int), online=online,
-                    windows=windows, window=window, mu_h=mu_h, max_minutes=max_minutes, fields=fields)
+                    windows=windows, window=window, mu_h=mu_h, max_minutes=max_minutes,
+                    tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()], task_limit=task_limit,
+                    fields=fields)
     _emit(found, lambda result: print_comparison(result, out))
 
 

@@ -130,6 +130,10 @@ Online = Annotated[str, typer.Option(help="Hadamard R3 and R4 while the model ru
 Fused = Annotated[str, typer.Option(help="Which rotations may be fused into the weights: a list of r1, r2.")]
 MaxMinutes = Annotated[float | None, typer.Option(help="Leave out, with a remark, what would not end within this.")]
 
+Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-eval, a list such as hellaswag,arc_easy, or of "
+                                                "tasks' YAML files; what cannot be had is left out, with a remark.")]
+TaskLimit = Annotated[int | None, typer.Option(help="The first items of each task (default: all).")]
+
 
 def listed(text: str, kind: type = str) -> list:
     """The entries of a list with commas; InputError for one that is not of that kind."""

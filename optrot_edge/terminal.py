@@ -148,17 +148,19 @@ def print_report(report: dict) -> None:
 
 def print_comparison(results: dict, out) -> None:
     """The tables of a comparison, and where the rest is."""
-    from optrot_edge.compare.tables import COLUMNS, tables
+    from optrot_edge.compare.tables import ZERO_SHOT, about, columns, has_tasks, tables
 
-    shown = ("arm", "KL (nats)", "of QuaRot (95 %)", "perplexity")
+    shown = ("arm", "KL (nats)", "of QuaRot (95 %)", "perplexity") + (ZERO_SHOT,) * has_tasks(results)
     for found in tables(results):
         table = Table(*shown, title=found["title"], title_justify="left")
         for row, cells in zip(found["rows"], found["cells"], strict=True):
-            named = dict(zip(COLUMNS, cells, strict=True)) | {"arm": row["arm"]}
+            named = dict(zip(columns(results), cells, strict=True)) | {"arm": row["arm"]}
             table.add_row(*(escape(named[column]) for column in shown))
         Console().print(table)
         for note in found["notes"]:
             Console().print(f"  {note}", markup=False, highlight=False, style="dim")
+    if "zero_shot" in results:
+        Console().print(about(results)[-1], markup=False, highlight=False)
     Console().print(f"{out}/index.html has all of it, with figures", markup=False, highlight=False, soft_wrap=True)
 
 

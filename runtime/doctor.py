@@ -24,6 +24,7 @@ _PACKAGES = (
     ("transformers", "transformers", "learn", "Hugging Face models"),
     ("triton", "triton", "learn", "GPU kernels (Linux)"),
     ("datasets", "datasets", "eval", "calibration and evaluation text from the hub"),
+    ("lm_eval", "lm-eval", "zero-shot", "zero-shot tasks in comparisons"),
     ("mlx", "mlx", "mlx", "MLX packages"),
     ("mlx_lm", "mlx-lm", "mlx", "running and checking MLX packages"),
     ("onnx", "onnx", "onnx", "ONNX packages"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from optrot_edge.compare.arms import ARMS
 from optrot_edge.compare.options import CompareOptions, Row
-from optrot_edge.compare.run import Comparison, learning_remarks
+from optrot_edge.compare.run import ORIGINAL, Comparison, known_tasks, learning_remarks
 from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import differences, fingerprint
 from optrot_edge.inputs import CalibrationInputs, Progress
@@ -42,6 +42,7 @@ def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = Fa
     chosen, source, out = CompareOptions(**options), open_model(model), Path(out)
     whole = dataclasses.replace(chosen, **shown or {})
     recipe = _check(source, chosen)
+    tasks, left_out = _tasks(chosen)
     words = load_text(text, split="test")
     tokens = tokenize_for(source.path, None, words, chosen.window, chosen.windows)
     if tokens.shape[1] > source.config.max_position_embeddings:
@@ -57,9 +58,10 @@ def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = Fa
             settings = fingerprint(source, recipe, device, inputs.text_sha256)
             settings["recipe"] = chosen.settings(settings["recipe"], text_sha256(words))
             journal = _begin(out, settings | {"kind": KIND}, restart)
-            run = Comparison(source, chosen, inputs, tokens, journal, progress, interrupted)
-            run.measure(lambda: _save(out, _results(source, whole, journal)))
-        found = _results(source, whole, journal)
+            run = Comparison(source, chosen, inputs, tokens, journal, progress, interrupted, tasks)
+            results = lambda: _results(source, whole, journal, tasks, left_out)  # noqa: E731
+            run.measure(lambda: _save(out, results()))
+        found = results()
         _save(out, found)
         write_reports(out, found)
     finally:
@@ -77,6 +79,15 @@ def _check(source, options: CompareOptions):
         check_widths(source, recipe)
         check_windows(source, recipe)
     return recipes[0]
+
+
+def _tasks(options: CompareOptions) -> tuple[dict, dict[str, str]]:
+    """The zero-shot tasks, and why others are left out."""
+    if not options.tasks:
+        return {}, {}
+    from optrot_edge.runtime.zero_shot import load_tasks
+
+    return load_tasks(options.tasks)
 
 
 def _begin(out: Path, settings: dict, restart: bool) -> Journal:
@@ -123,14 +134,20 @@ def _is_remains(out: Path) -> bool:
     return journal is None or journal.settings.get("kind") == KIND
 
 
-def _results(source, options: CompareOptions, journal: Journal) -> dict:
-    """All that is known of the rows asked for, as JSON."""
-    rows, builds = [_row(row, journal) for row in options.rows()], options.builds()
+def _results(source, options: CompareOptions, journal: Journal, tasks=(), left_out: dict | None = None) -> dict:
+    """All that is known of the rows asked for, as JSON; of zero-shot accuracies those in `tasks`, with the reasons why
+    others are left out."""
+    limit, builds = options.task_limit, options.builds()
+    scores = lambda name: {task: score for task, score in known_tasks(journal, name, limit).items()  # noqa: E731
+                           if task in tasks}
+    rows = [_row(row, journal) | _accuracies(scores(row.name), tasks, journal.about(f"tasks {row.name}"))
+            for row in options.rows()]
+    zero_shot = {"tasks": list(tasks), "limit": limit, "left_out": left_out, "original": scores(ORIGINAL)}
     rotations = {build.rotation: build for build in builds}
     about = lambda name, key: (journal.about(name) or {}).get(key)  # noqa: E731
     return {"format": "optrot-compare", "version": 1, "model": source.config.name or Path(source.path).stem,
             "settings": journal.settings, "lists": options.recorded(), "reference": journal.about("reference"),
-            "rows": rows,
+            "rows": rows, **({"zero_shot": zero_shot} if options.tasks else {}),
             "quantities": {name: {"arm": build.arm, "bits": build.bits if ARMS[build.arm].per_grid else None,
                                   "online": build.online, "layers": layers}
                            for name, build in rotations.items()
@@ -138,6 +155,14 @@ def _results(source, options: CompareOptions, journal: Journal) -> dict:
             "errors": {build.name: layers for build in builds if (layers := about(f"errors {build.name}", "layers"))},
             "curves": {name: curve for name in rotations
                        if (curve := about(f"rotations/{name}.safetensors", "loss_curve"))}}
+
+
+def _accuracies(scores: dict, tasks, noted: dict | None) -> dict:
+    """What is added to a row whose accuracies are wanted: them, or why they are not there."""
+    if not tasks:
+        return {}
+    reason = (noted or {}).get("reason", "not measured yet")
+    return {"zero_shot": scores} | ({} if scores.keys() == set(tasks) else {"zero_shot_reason": reason})
 
 
 def _row(row: Row, journal: Journal) -> dict:

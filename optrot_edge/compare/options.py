@@ -63,7 +63,8 @@ class CompareOptions:
     """`rotations`: arms by name. `bits`, `quantizers`, `activations` and `online` ("no", "yes", "both") make rows of
     each. `group_size` and `grid` ("zero": integer zero-points, "min": float offsets, "sym") are those of all grids.
     `windows` of `window` tokens are evaluated (see `cut_windows`). `mu_h`: measure eigenvectors too. `max_minutes`:
-    what would take longer, counted from the start of the run, is left out. `fields`: Recipe's, of every build.
+    what would take longer, counted from the start of the run, is left out. `tasks`: zero-shot tasks of lm-eval, the
+    first `task_limit` items of each (see `optrot_edge.runtime.zero_shot`). `fields`: Recipe's, of every build.
 
     Raises InputError for what there is not.
     """
@@ -79,6 +80,8 @@ class CompareOptions:
     window: int | None = None
     mu_h: bool = True
     max_minutes: float | None = None
+    tasks: list[str] = field(default_factory=list)
+    task_limit: int | None = None
     fields: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +94,8 @@ class CompareOptions:
                 raise InputError(f"{option} {','.join(unknown)}: use {', '.join(map(str, known))}")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise InputError(f"--max-minutes {self.max_minutes}: more than 0 is needed")
+        if self.task_limit is not None and self.task_limit < 1:
+            raise InputError(f"--task-limit {self.task_limit}: at least 1 is needed")
         if self.group_size < 1:
             raise InputError(f"--group-size {self.group_size}: at least 1 is needed")
         if self.fields.get("calibration") == "none":

@@ -6,7 +6,7 @@ import base64
 from html import escape
 from pathlib import Path
 
-from optrot_edge.compare.tables import COLUMNS, about, tables
+from optrot_edge.compare.tables import about, columns, tables
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #767676; --head: #eef1f4; --link: #0b57a4 }
@@ -46,21 +46,21 @@ def page(results: dict, pictures: list[tuple[Path, str]]) -> str:
              '<nav aria-label="On this page"><a href="#tables">Tables</a> · <a href="#figures">Figures</a> · '
              '<a href="#settings">Settings</a></nav>', '<h2 id="tables">Tables</h2>',
              "<p>In bold the smallest KL of a table.</p>"]
-    parts += [_table(f"table-{number}", table) for number, table in enumerate(tables(results), 1)]
+    parts += [_table(f"table-{number}", table, columns(results)) for number, table in enumerate(tables(results), 1)]
     parts.append('<h2 id="figures">Figures</h2>')
     parts += [_picture(path, caption) for path, caption in pictures]
     parts += ['<h2 id="settings">Settings</h2>', _settings(results), "</main>", "</body>", "</html>"]
     return "\n".join(parts) + "\n"
 
 
-def _table(name: str, table: dict) -> str:
+def _table(name: str, table: dict, headings: tuple[str, ...]) -> str:
     measured = [row["kl_mean"] for row in table["rows"] if row.get("kl_mean") is not None]
     lines = []
     for row, (first, *rest) in zip(table["rows"], table["cells"], strict=True):
         best = ' class="best"' if measured and row.get("kl_mean") == min(measured) else ""
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
         lines.append(f'<tr{best}><th scope="row">{escape(first)}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in COLUMNS)
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in headings)
     notes = "".join(f"<li>{escape(note)}</li>" for note in table["notes"])
     after = f"<ul>{notes}</ul>" if notes else ""
     return _section(name, table["title"], f"<thead><tr>{head}</tr></thead>", lines, after)

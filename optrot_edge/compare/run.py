@@ -6,6 +6,7 @@ checkpoint under `work`. Rows that failed, or did not fit the time, are tried ag
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +27,8 @@ from optrot_edge.journal import Journal, commit, remove_folder, sha256
 
 SCORES = ("kl_mean", "kl_se", "kl_median", "kl_p90", "kl_p99", "ppl", "ppl_se", "top1", "top1_se", "nonfinite",
           "windows", "tokens")
+
+ORIGINAL = "original"  # as journals call the float model's accuracies
 
 
 class TooLong(InputError):
@@ -62,11 +65,11 @@ class Reference:
 
 class Comparison:
     """Measures rows into the journal of `folder`; `tokens` are the windows evaluated. `interrupted` tells whether an
-    exception stands for a signal, see `optrot_edge.stopping.stoppable`."""
+    exception stands for a signal, see `optrot_edge.stopping.stoppable`. `tasks`: zero-shot ones, by name."""
 
     def __init__(self, source, options: CompareOptions, inputs: CalibrationInputs, tokens: np.ndarray, journal: Journal,
-                 progress: Progress, interrupted: Callable[[], bool] = lambda: False):
-        self.source, self.options, self.inputs, self.tokens = source, options, inputs, tokens
+                 progress: Progress, interrupted: Callable[[], bool] = lambda: False, tasks: dict | None = None):
+        self.source, self.options, self.inputs, self.tokens, self.tasks = source, options, inputs, tokens, tasks or {}
         self.journal, self.folder, self.progress, self.interrupted = journal, journal.folder, progress, interrupted
         self.work, self.device, self.began = journal.folder / "work", inputs.device, time.monotonic()
         self.reference = Reference(source, tokens, self.device)
@@ -80,28 +83,38 @@ class Comparison:
         groups = [(build, list(group)) for build, group in itertools.groupby(rows, lambda row: row.build)]
         for index, (build, group) in enumerate(groups):
             self.progress("compare", index, len(groups), build.name)
-            pending = [row for row in group if not is_measured(self.journal, row)]
+            pending = [row for row in group if not self._is_done(row)]
             if pending:
                 self._measure(build, pending)
                 written()
+        if any(is_measured(self.journal, row) for row in rows):
+            with self._noting(lambda: f"tasks {ORIGINAL}"):
+                self._zero_shot(ORIGINAL, self.source, 16)
         self.progress("compare", len(groups), len(groups), "")
         shutil.rmtree(self.work)
 
     def _measure(self, build: Build, rows: list[Row]) -> None:
         """Quantise and evaluate `rows` of one build, or note why that could not be."""
         for row in rows:
-            try:
+            with self._noting(lambda row=row: f"{'tasks' if is_measured(self.journal, row) else 'row'} {row.name}"):
                 self._evaluate(row, self._analysed(row) if ARMS[build.arm].analysis else self._quantized(build))
-            except StorageError:
-                raise
-            except Exception as error:  # of one arm; the others are to be measured all the same
-                if self.interrupted():
-                    raise KeyboardInterrupt from error
-                kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-                status = "skipped" if isinstance(error, TooLong) else "failed"
-                self.journal.note(f"row {row.name}", {"status": status, "reason": f"{kind}{error}"})
-        if all(is_measured(self.journal, row) for row in rows):
+        if all(self._is_done(row) for row in rows):
             remove_folder(self.work / build.name)
+
+    @contextlib.contextmanager
+    def _noting(self, name: Callable[[], str]):
+        """Note under `name()` why what is done here could not be; the others are to be measured all the same."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as error:
+            if self.interrupted():
+                raise KeyboardInterrupt from error
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            status = "skipped" if isinstance(error, TooLong) else "failed"
+            self.journal.note(name(), (self.journal.about(name()) or {}) | {"status": status,
+                                                                            "reason": f"{kind}{error}"})
 
     def rotation(self, build: Build):
         """The build's rotation, drawn or learned the first time, and its quantities measured."""
@@ -214,12 +227,17 @@ class Comparison:
         return {"bytes": round(size), "bits_per_weight": 8 * size / weights}
 
     def _evaluate(self, row: Row, made) -> None:
-        """Score a row's model and note it."""
+        """Score a row's model, on the text and in the tasks, and note it."""
+        if self._left() is not None and self._left() <= 0:
+            raise TooLong(f"the {self.options.max_minutes:g} minutes of --max-minutes had passed")
+        if not is_measured(self.journal, row):
+            self._score(row, made)
+        self._zero_shot(row.name, made, row.activations)
+
+    def _score(self, row: Row, made) -> None:
         from optrot_edge.runtime.evaluate import score_windows
         from optrot_edge.runtime.torch_reference import TorchBackend
 
-        if self._left() is not None and self._left() <= 0:
-            raise TooLong(f"the {self.options.max_minutes:g} minutes of --max-minutes had passed")
         with TorchBackend(made, device=self.device, activations=row.activations) as runner:
             scores = score_windows(runner, self.reference, self.tokens,
                                    lambda done, total, what: self.progress("evaluate", done, total, row.name))
@@ -229,6 +247,30 @@ class Comparison:
         self.journal.note(f"row {row.name}", {
             "status": "measured", **{name: summary.get(name) for name in SCORES},
             "window_kl": [float(kl) if np.isfinite(kl) else None for kl in scores.window_kl]})
+
+    def _zero_shot(self, name: str, model, activations: int) -> None:
+        """Note the accuracies of a row, or of the ORIGINAL, in the tasks that are not measured yet."""
+        from optrot_edge.runtime.text import open_tokenizer
+        from optrot_edge.runtime.torch_reference import TorchBackend
+        from optrot_edge.runtime.zero_shot import score_tasks
+
+        known = known_tasks(self.journal, name, self.options.task_limit)
+        missing = {task: made for task, made in self.tasks.items() if task not in known}
+        if not missing:
+            return
+        tokenizer = open_tokenizer(self.source.path)
+        try:
+            with TorchBackend(model, device=self.device, activations=activations) as runner:
+                found = score_tasks(runner, tokenizer, missing, limit=self.options.task_limit,
+                                    progress=lambda done, total: self.progress("tasks", done, total, name))
+        finally:
+            tokenizer.close()
+        self.journal.note(f"tasks {name}", {"status": "measured", "limit": self.options.task_limit,
+                                            "scores": known | found})
+
+    def _is_done(self, row: Row) -> bool:
+        return is_measured(self.journal, row) and not (
+            self.tasks.keys() - known_tasks(self.journal, row.name, self.options.task_limit).keys())
 
     def _left(self) -> float | None:
         """Seconds left; None without a limit."""
@@ -254,6 +296,12 @@ class Comparison:
 def is_measured(journal: Journal, row: Row) -> bool:
     """Whether nothing is left to do for `row`."""
     return (journal.about(f"row {row.name}") or {}).get("status") == "measured"
+
+
+def known_tasks(journal: Journal, name: str, limit: int | None) -> dict[str, dict]:
+    """What `score_tasks` gave for a row, or for the ORIGINAL, on the first `limit` items of each task."""
+    noted = journal.about(f"tasks {name}") or {}
+    return noted.get("scores", {}) if noted.get("limit") == limit else {}
 
 
 def learning_remarks(row: Row, journal: Journal) -> dict:

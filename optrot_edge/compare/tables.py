@@ -11,9 +11,10 @@ import numpy as np
 from optrot_edge.compare.arms import ARMS
 
 COLUMNS = ("arm", "KL (nats)", "of QuaRot (95 %)", "perplexity", "top-1", "SNR (dB)", "MB")
+ZERO_SHOT = "zero-shot"  # the column that tables have besides when tasks were asked for and could be had
 CSV_COLUMNS = ("arm", "bits", "activations", "quantizer", "online", "status", "reason", "kl_mean", "kl_se", "kl_median",
                "kl_p90", "kl_p99", "ppl", "ppl_se", "top1", "top1_se", "snr_db", "bytes", "bits_per_weight",
-               "not_reproduced")
+               "not_reproduced", "zero_shot_mean", "zero_shot_se")
 OFFSETS = {"zero": "integer zero-points", "min": "float offsets", "sym": "symmetric"}
 BASE = "hadamard"  # what ratios are to, when it is among the rows
 
@@ -29,13 +30,24 @@ def title(bits: int, activations: int, quantizer: str, online: bool, grid: str) 
     return f"{width}, {quantizer.upper()}, {grid}, {'with' if online else 'without'} online R3 and R4"
 
 
+def columns(results: dict) -> tuple[str, ...]:
+    """Headings of the tables."""
+    return COLUMNS + (ZERO_SHOT,) * has_tasks(results)
+
+
+def has_tasks(results: dict) -> bool:
+    """Whether there are zero-shot tasks whose data could be had."""
+    return bool(results.get("zero_shot", {}).get("tasks"))
+
+
 def tables(results: dict) -> list[dict]:
-    """`title`, `rows` (of `results`), `cells` (COLUMNS as text) and `notes` of every table, arms in the order they were
-    asked for; those that R3 and R4 do not go with stand in the tables with and without."""
+    """`title`, `rows` (of `results`), `cells` (`columns` as text) and `notes` of every table, arms in the order they
+    were asked for; those that R3 and R4 do not go with stand in the tables with and without."""
     shared = results["settings"]["recipe"]
     grid = f"groups of {shared['group_size']}, {OFFSETS[shared['grid']]}"
     rows, found = results["rows"], []
     lists = results["lists"]
+    accuracies = lambda row: [_accuracy(row.get("zero_shot", {}))] * has_tasks(results)  # noqa: E731
     online = {"no": (False,), "yes": (True,), "both": (False, True)}[lists["online"]]
     for bits, quantizer, on, activations in itertools.product(*(dict.fromkeys(values) for values in (
             lists["bits"], lists["quantizers"], online, lists["activations"]))):
@@ -44,7 +56,7 @@ def tables(results: dict) -> list[dict]:
                     key=lambda row: lists["rotations"].index(row["arm"]))
         base = next((row for row in of if row["arm"] == BASE and row["status"] == "measured"), None)
         found.append({"title": title(bits, activations, quantizer, on, grid), "rows": of, "online": on,
-                      "cells": [cells(row, base) for row in of],
+                      "cells": [cells(row, base) + accuracies(row) for row in of],
                       "notes": [f"{row['label']}: {said}" for row in of if (said := remarks(row))]})
     return found
 
@@ -59,6 +71,21 @@ def cells(row: dict, base: dict | None) -> list[str]:
     return [row["label"], with_error(row["kl_mean"], row["kl_se"], 4), ratio(row, base),
             with_error(row["ppl"], row["ppl_se"], 3), with_error(100 * row["top1"], 100 * row["top1_se"], 1, " %"), snr,
             size]
+
+
+def mean_accuracy(scores: dict) -> tuple[float, float | None]:
+    """Mean over tasks of what `score_tasks` gives, and its standard error."""
+    errors = [score["se"] for score in scores.values()]
+    mean = float(np.mean([score["accuracy"] for score in scores.values()]))
+    return mean, None if None in errors else float(np.sqrt(np.square(errors).sum())) / len(errors)
+
+
+def _accuracy(scores: dict) -> str:
+    """The column's cell."""
+    if not scores:
+        return ""
+    mean, error = mean_accuracy(scores)
+    return with_error(100 * mean, None if error is None else 100 * error, 1, " %")
 
 
 def with_error(value: float, error: float | None, digits: int, unit: str = "") -> str:
@@ -92,14 +119,17 @@ def remarks(row: dict) -> str:
         learning = row["learning"]
         tokens = f" of {learning['tokens_per_step']:,} tokens" if learning["tokens_per_step"] else ""
         found.append(f"{learning['steps']} steps{tokens}, loss {learning['loss_start']:.6g} to {learning['loss']:.6g}")
+    if "zero_shot_reason" in row:
+        found.append(f"zero-shot: {row['zero_shot_reason']}")
     return "; ".join(found + row.get("warnings", []))
 
 
 def markdown(results: dict) -> str:
     """Every table."""
+    headings = columns(results)
     lines = [f"# {results['model']}", "", *(f"{line}  " for line in about(results)), ""]
     for table in tables(results):
-        lines += [f"## {table['title']}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        lines += [f"## {table['title']}", "", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
         lines += ["| " + " | ".join(row) + " |" for row in table["cells"]] + [""]
         lines += [f"* {note}" for note in table["notes"]] + [""] * bool(table["notes"])
     return "\n".join(lines)
@@ -120,6 +150,20 @@ def about(results: dict) -> list[str]:
     said.append("KL ± one standard error over positions; its ratio to QuaRot's with a paired bootstrap interval over "
                 "windows. SNR: mean over layers and matrices of 10 log10(tr WHWᵀ / tr (W−Ŵ)H(W−Ŵ)ᵀ), H of the float "
                 "model's inputs. MB: all tensors as stored.")
+    return said + ([_about_tasks(results["zero_shot"])] if "zero_shot" in results else [])
+
+
+def _about_tasks(zero_shot: dict) -> str:
+    """Which tasks there are, what the float model has in them, and which could not be had."""
+    said, scores = "", zero_shot["original"]
+    if zero_shot["tasks"]:
+        of = lambda score: f" ({score['metric']}, {score['items']:,} items)"  # noqa: E731
+        names = ", ".join(name + (of(scores[name]) if name in scores else "") for name in zero_shot["tasks"])
+        said = f"Zero-shot: mean accuracy in {names}, by lm-eval." + (
+            f" The float model has {_accuracy(scores)}." if scores else "")
+    if zero_shot["left_out"]:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in zero_shot["left_out"].items())
+        said += f"{' ' * bool(said)}Zero-shot tasks left out, for their data cannot be had: {reasons}."
     return said
 
 
@@ -128,5 +172,8 @@ def as_csv(results: dict) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(results["rows"])
+    for row in results["rows"]:
+        accuracy = zip(("zero_shot_mean", "zero_shot_se"), mean_accuracy(row["zero_shot"]), strict=True) if row.get(
+            "zero_shot") else ()
+        writer.writerow(row | dict(accuracy))
     return stream.getvalue()
