@@ -9,10 +9,11 @@ paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solv
 `--calibration` the text is cut in two as `texts.py` does.
 
 The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. Its journal, with
-all that is measured, is kept in `--journal` too, from which a run without that folder goes on: on another machine, or
-for the figures alone; rows that only one of the two has are joined. What tables need is written to `--out`, also what
-there is of a run that Ctrl-C stopped; and from that the part of docs/paper.md between the marks; `--write` does only
-that. Lists may be measured in parts: what `--out` has besides stays in the tables.
+all that is measured, is kept in `--journal` too, from which a run without that folder goes on: on another machine (the
+repository's needs OMP_NUM_THREADS=1 and, beyond AVX2, ATEN_CPU_CAPABILITY=avx2), or for the figures alone; rows that
+only one of the two has are joined. What tables need is written to `--out`, also what there is of a run that Ctrl-C
+stopped; and from that the part of docs/paper.md between the marks; `--write` does only that. Lists may be measured in
+parts: what `--out` has besides stays in the tables.
 """
 
 from __future__ import annotations

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import io
+import itertools
+import json
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,14 +22,24 @@ METRICS = ("acc_norm", "acc")  # of a task's the first one is reported: by lengt
 BATCH = 65536  # tokens whose hidden states are in memory at once; every layer is read once for them
 
 
-def load_tasks(names: list[str]) -> tuple[dict, dict[str, str]]:
-    """The harness's tasks by name, and by name why those are left out whose data cannot be had.
+@dataclass(frozen=True)
+class ZeroShotTask:
+    """The first `limit` items of one of the harness's tasks, all for None. `digest`: SHA-256 of these and of how they
+    are asked."""
 
-    names: of tasks that the harness has, or their YAML files. Raises InputError for what is neither, for groups, for
-    tasks that are not answered by the likeliest of given texts, and without the harness.
+    task: object
+    limit: int | None
+    digest: str
+
+
+def load_tasks(names: list[str], limit: int | None = None) -> tuple[dict[str, ZeroShotTask], dict[str, str]]:
+    """Tasks by name, and by name why those are left out whose data cannot be had.
+
+    names: of tasks that the harness has, or their YAML files. limit: items of each, the first ones. Raises InputError
+    for what is neither, for groups, for tasks that are not answered by the likeliest of given texts, and without the
+    harness.
     """
-    manager = require("lm_eval.tasks", "zero-shot", "--tasks").TaskManager()
-    tasks, left_out = {}, {}
+    manager, tasks, left_out = _manager(), {}, {}
     for name in names:
         known = name in manager.all_subtasks or (name.endswith(".yaml") and Path(name).is_file())
         if not known and name in manager.all_tasks:
@@ -39,29 +54,43 @@ def load_tasks(names: list[str]) -> tuple[dict, dict[str, str]]:
             continue
         if task.OUTPUT_TYPE != "multiple_choice" or not set(METRICS) & set(task.aggregation()):
             raise InputError(f"--tasks {name} is no multiple choice; only such tasks are measured")
-        tasks[found] = task
+        task.set_config(key="num_fewshot", value=0)
+        tasks[found] = ZeroShotTask(task, limit, _digest(task, limit))
     return tasks, left_out
 
 
-def score_tasks(runner, tokenizer, tasks: dict, *, limit: int | None = None, progress=None) -> dict[str, dict]:
-    """By task its `accuracy` in [0, 1], the `se` of that, the `metric` ("acc_norm" or "acc") and the number of `items`.
+@functools.cache
+def _manager():
+    """The harness's index of its tasks, which takes seconds to make."""
+    return require("lm_eval.tasks", "zero-shot", "--tasks").TaskManager()
+
+
+def _digest(task, limit: int | None) -> str:
+    asked = {name: value for name, value in task.dump_config().items() if not name.startswith("dataset_")}
+    items = list(itertools.islice(task.eval_docs, limit))
+    text = json.dumps([version("lm_eval"), asked, items], sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def score_tasks(runner, tokenizer, tasks: dict[str, ZeroShotTask], *, progress=None) -> dict[str, dict]:
+    """By task its `accuracy` in [0, 1], the `se` of that, the `metric` ("acc_norm" or "acc"), the number of `items` and
+    the task's `digest`.
 
     runner: a TorchBackend. tokenizer: the original's, see `open_tokenizer`. tasks: of `load_tasks`; in each the choice
-    with the largest log-likelihood after the context is the answer. limit: only so many items of each, the first ones.
-    progress: called with (done, total) of the texts to score.
+    with the largest log-likelihood after the context is the answer. progress: called with (done, total) of the texts to
+    score of a task.
     """
     evaluator = require("lm_eval.evaluator", "zero-shot", "--tasks")
     model = _harness_model(runner, tokenizer, progress)
-    for task in tasks.values():
-        task.set_config(key="num_fewshot", value=0)
-    with contextlib.redirect_stderr(io.StringIO()):  # the harness's own bars, which would run through ours
-        found = evaluator.evaluate(model, {"tasks": tasks}, limit=limit, log_samples=False)
     scores = {}
-    for name in tasks:
+    for name, chosen in tasks.items():
+        with contextlib.redirect_stderr(io.StringIO()):  # the harness's own bars, which would run through ours
+            found = evaluator.evaluate(model, {"tasks": {name: chosen.task}}, limit=chosen.limit, log_samples=False)
         said, items = found["results"][name], found["n-samples"][name]["effective"]
         metric = next(metric for metric in METRICS if f"{metric},none" in said)
         scores[name] = {"metric": metric, "accuracy": float(said[f"{metric},none"]),
-                        "se": float(said[f"{metric}_stderr,none"]) if items > 1 else None, "items": int(items)}
+                        "se": float(said[f"{metric}_stderr,none"]) if items > 1 else None, "items": int(items),
+                        "digest": chosen.digest}
     return scores
 
 

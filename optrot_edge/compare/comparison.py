@@ -87,7 +87,7 @@ def _tasks(options: CompareOptions) -> tuple[dict, dict[str, str]]:
         return {}, {}
     from optrot_edge.runtime.zero_shot import load_tasks
 
-    return load_tasks(options.tasks)
+    return load_tasks(options.tasks, options.task_limit)
 
 
 def _begin(out: Path, settings: dict, restart: bool) -> Journal:
@@ -134,15 +134,12 @@ def _is_remains(out: Path) -> bool:
     return journal is None or journal.settings.get("kind") == KIND
 
 
-def _results(source, options: CompareOptions, journal: Journal, tasks=(), left_out: dict | None = None) -> dict:
+def _results(source, options: CompareOptions, journal: Journal, tasks: dict, left_out: dict[str, str]) -> dict:
     """All that is known of the rows asked for, as JSON; of zero-shot accuracies those in `tasks`, with the reasons why
     others are left out."""
-    limit, builds = options.task_limit, options.builds()
-    scores = lambda name: {task: score for task, score in known_tasks(journal, name, limit).items()  # noqa: E731
-                           if task in tasks}
-    rows = [_row(row, journal) | _accuracies(scores(row.name), tasks, journal.about(f"tasks {row.name}"))
-            for row in options.rows()]
-    zero_shot = {"tasks": list(tasks), "limit": limit, "left_out": left_out, "original": scores(ORIGINAL)}
+    rows, builds = [_row(row, journal) | _accuracies(row, journal, tasks) for row in options.rows()], options.builds()
+    zero_shot = {"tasks": list(tasks), "limit": options.task_limit, "left_out": left_out,
+                 "original": known_tasks(journal, ORIGINAL, tasks)}
     rotations = {build.rotation: build for build in builds}
     about = lambda name, key: (journal.about(name) or {}).get(key)  # noqa: E731
     return {"format": "optrot-compare", "version": 1, "model": source.config.name or Path(source.path).stem,
@@ -157,12 +154,13 @@ def _results(source, options: CompareOptions, journal: Journal, tasks=(), left_o
                        if (curve := about(f"rotations/{name}.safetensors", "loss_curve"))}}
 
 
-def _accuracies(scores: dict, tasks, noted: dict | None) -> dict:
-    """What is added to a row whose accuracies are wanted: them, or why they are not there."""
+def _accuracies(row: Row, journal: Journal, tasks: dict) -> dict:
+    """What is added to a row when accuracies are wanted: them, or why they are not there."""
     if not tasks:
         return {}
-    reason = (noted or {}).get("reason", "not measured yet")
-    return {"zero_shot": scores} | ({} if scores.keys() == set(tasks) else {"zero_shot_reason": reason})
+    scores = known_tasks(journal, row.name, tasks)
+    reason = (journal.about(f"tasks {row.name}") or {}).get("reason", "not measured yet")
+    return {"zero_shot": scores} | ({} if scores.keys() == tasks.keys() else {"zero_shot_reason": reason})
 
 
 def _row(row: Row, journal: Journal) -> dict:

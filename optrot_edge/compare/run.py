@@ -254,23 +254,23 @@ class Comparison:
         from optrot_edge.runtime.torch_reference import TorchBackend
         from optrot_edge.runtime.zero_shot import score_tasks
 
-        known = known_tasks(self.journal, name, self.options.task_limit)
-        missing = {task: made for task, made in self.tasks.items() if task not in known}
+        known = known_tasks(self.journal, name, self.tasks)
+        missing = {task: wanted for task, wanted in self.tasks.items() if task not in known}
         if not missing:
             return
         tokenizer = open_tokenizer(self.source.path)
         try:
             with TorchBackend(model, device=self.device, activations=activations) as runner:
-                found = score_tasks(runner, tokenizer, missing, limit=self.options.task_limit,
-                                    progress=lambda done, total: self.progress("tasks", done, total, name))
+                found = score_tasks(runner, tokenizer, missing, progress=lambda done, total: self.progress(
+                    "tasks", done, total, name))
         finally:
             tokenizer.close()
-        self.journal.note(f"tasks {name}", {"status": "measured", "limit": self.options.task_limit,
-                                            "scores": known | found})
+        others = (self.journal.about(f"tasks {name}") or {}).get("scores", {})
+        self.journal.note(f"tasks {name}", {"status": "measured", "scores": others | found})
 
     def _is_done(self, row: Row) -> bool:
-        return is_measured(self.journal, row) and not (
-            self.tasks.keys() - known_tasks(self.journal, row.name, self.options.task_limit).keys())
+        return (is_measured(self.journal, row)
+                and known_tasks(self.journal, row.name, self.tasks).keys() == self.tasks.keys())
 
     def _left(self) -> float | None:
         """Seconds left; None without a limit."""
@@ -298,10 +298,10 @@ def is_measured(journal: Journal, row: Row) -> bool:
     return (journal.about(f"row {row.name}") or {}).get("status") == "measured"
 
 
-def known_tasks(journal: Journal, name: str, limit: int | None) -> dict[str, dict]:
-    """What `score_tasks` gave for a row, or for the ORIGINAL, on the first `limit` items of each task."""
-    noted = journal.about(f"tasks {name}") or {}
-    return noted.get("scores", {}) if noted.get("limit") == limit else {}
+def known_tasks(journal: Journal, name: str, tasks: dict) -> dict[str, dict]:
+    """What `score_tasks` gave for a row, or for the ORIGINAL, in those of `tasks` that are still the same."""
+    scores = (journal.about(f"tasks {name}") or {}).get("scores", {})
+    return {task: scores[task] for task, wanted in tasks.items() if scores.get(task, {}).get("digest") == wanted.digest}
 
 
 def learning_remarks(row: Row, journal: Journal) -> dict:

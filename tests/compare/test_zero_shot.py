@@ -32,9 +32,9 @@ def test_a_column_of_accuracies(uneven, words, text, tmp_path, capfd):
     printed = capfd.readouterr()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "Building contexts" not in printed.err and "zero-shot" in printed.out
-    tasks, _ = zero_shot.load_tasks([one, two])
+    tasks, _ = zero_shot.load_tasks([one, two], 4)
     with TorchBackend(uneven) as runner:
-        original = zero_shot.score_tasks(runner, open_tokenizer(uneven), tasks, limit=4)
+        original = zero_shot.score_tasks(runner, open_tokenizer(uneven), tasks)
     assert found["zero_shot"] == {"tasks": ["One", "two"], "limit": 4, "left_out": {}, "original": original}
     assert len(found["rows"]) == 4
     for row, former in zip(found["rows"], before["rows"], strict=True):
@@ -74,6 +74,9 @@ def test_tasks_may_be_added_and_rows_too(uneven, words, text, tmp_path, monkeypa
     assert measured([one, two]) == [["two"], ["two"]]
     assert measured([one], rotations=("none", "hadamard")) == [["one"]]
     assert measured([one], limit=3) == [["one"], ["one"]]
+    (tmp_path / "one.jsonl").write_text("".join(reversed((tmp_path / "one.jsonl").open().readlines())))
+    assert measured([one], limit=3) == [["one"], ["one"]]  # other items
+    assert measured([one, two], limit=3) == [["two"], ["two"]]
 
 
 def test_what_is_left_out_is_said(uneven, words, text, tmp_path, capfd):

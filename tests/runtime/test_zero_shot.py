@@ -86,7 +86,7 @@ def test_accuracy_is_the_share_of_likeliest_choices(metric, adds_bos, folder, lo
     assert left_out == {} and list(tasks) == ["mine"] and 0 < sum(right) < len(right)
     with TorchBackend(folder) as runner:
         found = score_tasks(runner, tokenizer, tasks)["mine"]
-        first = score_tasks(runner, tokenizer, tasks, limit=2)["mine"]
+        first = score_tasks(runner, tokenizer, load_tasks([str(tmp_path / "mine.yaml")], 2)[0])["mine"]
     assert found["accuracy"] == pytest.approx(np.mean(right))
     assert (found["metric"], found["items"]) == (metric, len(ITEMS))
     assert found["se"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(len(ITEMS)))
