@@ -154,12 +154,12 @@ def _draw_kl(results: dict):
     columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
     tallest = max(len(table["rows"]) for table in shown)
-    figure = _figure(5.2 * columns + 2, lines * (1.5 + 0.36 * tallest) + 0.6,
+    same = len({tuple(row["label"] for row in table["rows"]) for table in shown}) == 1
+    figure = _figure((5.2 if same else 6.2) * columns + 2, lines * (1.5 + 0.36 * tallest) + 0.6,
                      f"{results['model']}: KL divergence from the float model")
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(shown):]:
         axes.axis("off")
-    same = len({tuple(row["label"] for row in table["rows"]) for table in shown}) == 1
     for axes, table in zip(grid.flat, shown, strict=False):
         _bars(axes, table)
         axes.tick_params(labelleft=axes in grid[:, 0] or not same)
@@ -183,7 +183,8 @@ def _bars(axes, table: dict) -> None:
         axes.annotate(f"{value:.4f}", (value + error, place), xytext=(4, 0), textcoords="offset points", va="center",
                       fontsize=9)
     short, _, rest = table["title"].partition(", groups of")
-    axes.set_title(f"{short}\ngroups of{rest}", fontsize=10)
+    grid, _, online = rest.rpartition(", ")
+    axes.set_title(f"{short}, {online}\ngroups of{grid}", fontsize=10)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=10)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     ends = [row["kl_mean"] + (row["kl_se"] or 0) for row in rows if row.get("kl_mean") is not None]

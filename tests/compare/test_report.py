@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import re
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from optrot_edge.compare.arms import ARMS, Arm, learning_of, not_reproduced
 from optrot_edge.compare.figures import figures
@@ -36,6 +38,21 @@ def test_every_figure_is_a_picture(made):
     for path in (out / "figures").iterdir():
         width, height = size_of(path)
         assert width > 600 and height > 400
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_titles_of_panels_are_whole(renamed, made):
+    """Where tables have arms of different names too, whose names then stand beside every panel."""
+    _, found = made
+    rows = [row | {"label": "QuIP# (random Hadamards)"} if renamed and row["bits"] == 3 else row
+            for row in found["rows"]]
+    figure = built(found | {"rows": rows}, "kl.png")
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        extent = axes.title.get_window_extent()
+        assert not axes.get_title() or (extent.x0 >= 0 and extent.x1 <= figure.bbox.x1)
+    for left, right in itertools.pairwise([axes for axes in figure.axes if axes.get_title()][:3]):
+        assert left.title.get_window_extent().x1 < right.title.get_window_extent().x0
 
 
 def test_bars_show_every_arm_and_its_number(made):
