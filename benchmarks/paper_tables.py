@@ -178,7 +178,8 @@ def main() -> None:
             sys.exit(f"error: {error}")
     results = json.loads(options.out.read_text(encoding="utf-8"))
     write_document(results)
-    print_comparison(results, options.work / "paper")
+    if not options.write:
+        print_comparison(results, options.work / "paper")
     Console().print(f"written to {DOCUMENT}")
 
 
