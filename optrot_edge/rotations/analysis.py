@@ -198,9 +198,8 @@ def analyse(source, tokens: torch.Tensor, options: AnalysisOptions, generator: t
         found = {kind: Dense.hadamard(len(hessians[kind]), generator) for kind in INPUTS} if learned is None \
             else learned.layers[index]
         for kind, names in INPUTS.items():
-            weight = torch.cat([layer[f"{name}.weight"] for name in names])
-            decoded = quantised(weight, hessians[kind], found[kind], options, generator)
-            parts = decoded.split([len(layer[f"{name}.weight"]) for name in names])
+            weights = [layer[f"{name}.weight"] for name in names]
+            parts = quantised(weights, hessians[kind], found[kind], options, generator)
             layer |= {f"{name}.weight": part for name, part in zip(names, parts, strict=True)}
         _run(stream, layer, config, rope)
         layers.append({name: tensor.cpu() for name, tensor in layer.items()})
@@ -287,15 +286,15 @@ def learn_transform(transform, weight: torch.Tensor, x: torch.Tensor, judging: t
     return before, before
 
 
-def quantised(weight: torch.Tensor, hessian: torch.Tensor, transform, options: AnalysisOptions,
-              generator: torch.Generator) -> torch.Tensor:
-    """The decoded weight [out, in], float32, in its own basis; `hessian` [in, in] is its input's."""
-    outer = Dense.hadamard(len(weight), generator) if options.method == "quip#" else None
-    grid = Grid(fitting_type(options.grid, weight.shape[1]))
-    turned = transform.weight(weight.double())
-    if outer is not None:
-        turned = outer.apply(turned.T).T
-    turned = turned.float().contiguous()
+def quantised(weights: list[torch.Tensor], hessian: torch.Tensor, transform, options: AnalysisOptions,
+              generator: torch.Generator) -> list[torch.Tensor]:
+    """The decoded weights [out, in] of the linears that read one input, float32, in their own basis; `hessian` [in, in]
+    is the input's. Outputs are mixed within each of them: a mixture of all would share the error of the largest."""
+    outer = [Dense.hadamard(len(weight), generator) for weight in weights] if options.method == "quip#" else []
+    grid, parts = Grid(fitting_type(options.grid, len(hessian))), [transform.weight(w.double()) for w in weights]
+    for index, one in enumerate(outer):
+        parts[index] = one.apply(parts[index].T).T
+    turned = torch.cat(parts).float().contiguous()
     if options.quantizer == "rtn":
         params = grid.fit(turned)
         codes = grid.round(turned, params)
@@ -303,7 +302,7 @@ def quantised(weight: torch.Tensor, hessian: torch.Tensor, transform, options: A
         h = transform.apply(transform.apply(hessian.double()).T.contiguous())
         params = grid.fit(turned, h.diagonal())
         codes = gptq(turned, prepare_hessian(h, damp=options.damp, act_order=options.act_order), grid, params)
-    decoded = grid.decode(codes, params).double()
-    if outer is not None:
-        decoded = outer.undo(decoded.T).T
-    return transform.weight_back(decoded.contiguous()).float()
+    parts = list(grid.decode(codes, params).double().split([len(weight) for weight in weights]))
+    for index, one in enumerate(outer):
+        parts[index] = one.undo(parts[index].T).T
+    return [transform.weight_back(part.contiguous()).float() for part in parts]

@@ -17,9 +17,10 @@ from optrot_edge.rotations.analysis import (
     learn_transform,
     learn_transforms,
     output_error,
+    quantised,
 )
 from optrot_edge.rotations.baselines import ONLINE
-from optrot_edge.rotations.transforms import Butterfly, Kronecker
+from optrot_edge.rotations.transforms import Butterfly, Dense, Kronecker
 from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.rotations.test_optrot_plus import make_uneven
 from tests.tiny_models import random_tokens, save_tiny
@@ -128,6 +129,17 @@ def test_the_same_seed_gives_the_same_bits(source, method):
     first, again, other = (view_of(source, method, seed=seed, steps=2) for seed in (0, 0, 1))
     assert all(torch.equal(first.layer(1)[name], again.layer(1)[name]) for name in first.layer(1))
     assert not torch.equal(first.layer(1)["q_proj.weight"], other.layer(1)["q_proj.weight"])
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_small_matrices_do_not_get_the_errors_of_large_ones(quantizer):
+    """Of those that read the same input, as v beside q and k: outputs are mixed within each."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [scale * torch.randn(rows, 64, generator=generator) for scale, rows in ((1.0, 48), (0.01, 24))]
+    found = quantised(weights, torch.eye(64), Dense.hadamard(64, generator),
+                      AnalysisOptions("quip#", "q4_0", quantizer), generator)
+    for weight, decoded in zip(weights, found, strict=True):
+        assert 0.03 < float((weight - decoded).norm() / weight.norm()) < 0.12
 
 
 def test_the_torch_backend_runs_it(source):
