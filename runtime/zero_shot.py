@@ -36,11 +36,11 @@ def load_tasks(names: list[str], limit: int | None = None) -> tuple[dict[str, Ze
     """Tasks by name, and by name why those are left out whose data cannot be had.
 
     names: of tasks that the harness has, or their YAML files. limit: items of each, the first ones. Raises InputError
-    for what is neither, for groups, for tasks that are not answered by the likeliest of given texts, and without the
-    harness.
+    for what is neither, for groups, for tasks that are not answered by the likeliest of given texts, for two of one
+    name, and without the harness.
     """
     manager, tasks, left_out = _manager(), {}, {}
-    for name in names:
+    for name in dict.fromkeys(names):
         known = name in manager.all_subtasks or (name.endswith(".yaml") and Path(name).is_file())
         if not known and name in manager.all_tasks:
             raise InputError(f"--tasks {name} stands for several tasks; name those that are to be measured")
@@ -54,6 +54,8 @@ def load_tasks(names: list[str], limit: int | None = None) -> tuple[dict[str, Ze
             continue
         if task.OUTPUT_TYPE != "multiple_choice" or not set(METRICS) & set(task.aggregation()):
             raise InputError(f"--tasks {name} is no multiple choice; only such tasks are measured")
+        if found in tasks:
+            raise InputError(f"--tasks {name}: another task is called {found} too; rename one of them")
         task.set_config(key="num_fewshot", value=0)
         tasks[found] = ZeroShotTask(task, limit, _digest(task, limit))
     return tasks, left_out
@@ -117,7 +119,7 @@ def _harness_model(runner, tokenizer, progress):
             return continuation_scores(runner, [(context, text) for _, context, text in requests], progress)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            raise NotImplementedError("multiple choices are scored only")
+            raise InputError("only multiple choices are scored")
 
         generate_until = loglikelihood_rolling
 

@@ -96,6 +96,8 @@ class CompareOptions:
             raise InputError(f"--max-minutes {self.max_minutes}: more than 0 is needed")
         if self.task_limit is not None and self.task_limit < 1:
             raise InputError(f"--task-limit {self.task_limit}: at least 1 is needed")
+        if self.task_limit is not None and not self.tasks:
+            raise InputError("--task-limit is the number of items of each of --tasks; name some")
         if self.group_size < 1:
             raise InputError(f"--group-size {self.group_size}: at least 1 is needed")
         if self.fields.get("calibration") == "none":

@@ -92,7 +92,8 @@ def test_what_is_left_out_is_said(uneven, words, text, tmp_path, capfd):
     assert said in (tmp_path / "out" / "results.md").read_text()
     run_ok(*given, "--tasks", f"{gone},{one}", "-q")
     assert "zero-shot |" in (tmp_path / "out" / "results.md").read_text()
-    for more, says in ((("--tasks", "helaswag"), "no task of lm-eval"), (("--task-limit", "0"), "--task-limit 0")):
+    for more, says in ((("--tasks", "helaswag"), "no task of lm-eval"), (("--task-limit", "0"), "--task-limit 0"),
+                       (("--task-limit", "5"), "--task-limit is the number of items of each of --tasks")):
         refused(capfd, *given, *more, says=says)
 
 

@@ -111,3 +111,8 @@ def test_refusals(tmp_path):
                        (save_task(tmp_path, "free", output_type="generate_until"), "is no multiple choice")):
         with pytest.raises(InputError, match=says):
             load_tasks([name])
+    (tmp_path / "other").mkdir()
+    same = [save_task(folder, "same") for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(InputError, match="another task is called same too"):
+        load_tasks(same)
+    assert list(load_tasks(same[:1] * 2)[0]) == ["same"]
