@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -160,22 +161,30 @@ print(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_t
 @pytest.mark.slow
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 def test_a_deeper_model_takes_no_more_memory(rotation, text, tmp_path, monkeypatch):
-    """Sixteen layers in the memory of four, within a tenth; to hold all of them would take a quarter more."""
+    """Sixteen layers in the memory of four, within a twentieth; to hold all of them would take three tenths more.
+
+    The two are compared with tensors given back as they are freed: what glibc keeps of them by itself differs by a
+    tenth from run to run, whatever the depth. The limit holds with that too.
+    """
     from tests import tiny_models
 
     peaks, streams = {}, 2 * 4 * 48 * 64 * 768
-    for layers in (4, 16):
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    for layers, allocator in ((4, given_back), (16, given_back), (16, {})):
         monkeypatch.setitem(tiny_models._VARIANTS, "deep", ("llama", {
             "hidden_size": 768, "intermediate_size": 1024, "num_attention_heads": 12, "head_dim": 64,
             "num_hidden_layers": layers}))
         model = save_model(tmp_path / f"m{layers}", "deep")
         config, recipe = open_model(model).config, Recipe(rotation=rotation, nsamples=48, seqlen=64, refits=0)
         limit = sum(memory.working_set(config, recipe).values()) + streams - 1  # the streams do not fit
-        done = subprocess.run([sys.executable, "-c", CHILD, model, tmp_path / f"c{layers}", text, rotation, str(limit)],
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", CHILD, model, tmp_path / f"c{layers}-{len(allocator)}", text,
+                               rotation, str(limit)], capture_output=True, text=True, check=False,
+                              env={**os.environ, **allocator})
         assert done.returncode == 0, done.stderr
-        peaks[layers] = int(done.stdout)
-        assert peaks[layers] < limit
+        peak = int(done.stdout)
+        assert peak < limit
+        if allocator:
+            peaks[layers] = peak
     weights = 16 * 768 * (2 * 768 + 2 * 128 + 3 * 1024)
-    assert 4 * weights > 0.25 * peaks[4]  # the test would see them
-    assert peaks[16] < 1.1 * peaks[4]
+    assert 12 / 16 * 4 * weights > 0.3 * peaks[4]  # the test would see them
+    assert peaks[16] < 1.05 * peaks[4]
