@@ -10,10 +10,14 @@ paper's are of 256. OptRot: 1000 Cayley steps on all rows, as published; `--solv
 
 The folder `--work`/paper holds the comparison, with figures and a page; a second run goes on there. Its journal, with
 all that is measured, is kept in `--journal` too, from which a run without that folder goes on: on another machine (the
-repository's needs OMP_NUM_THREADS=1 and, beyond AVX2, ATEN_CPU_CAPABILITY=avx2), or for the figures alone; rows that
-only one of the two has are joined. What tables need is written to `--out`, also what there is of a run that Ctrl-C
-stopped; and from that the part of docs/paper.md between the marks; `--write` does only that. Lists may be measured in
-parts: what `--out` has besides stays in the tables.
+repository's needs OMP_NUM_THREADS=1 and, beyond AVX2, ATEN_CPU_CAPABILITY=avx2), or for the figures alone. What either
+has measured is joined, so lists may be measured in parts, by several runs with a `--work` each. What tables need is
+written to `--out`, also what there is of a run that Ctrl-C stopped; it holds whatever the journal had measured when the
+run began.
+
+The part of docs/paper.md between the marks is written from the JSON in `benchmarks/results`, so not by a run with
+another `--out`; `--write` does only that. Another `--seed` (of the random Hadamards and the calibration windows) is a
+comparison with files of its own, of which the document has the ratios.
 """
 
 from __future__ import annotations
@@ -33,20 +37,24 @@ from texts import load_text
 from optrot_edge.cli_options import listed
 from optrot_edge.compare.arms import ACTIVATIONS, ARMS
 from optrot_edge.compare.comparison import RESULTS, compare
-from optrot_edge.compare.tables import COLUMNS, about, tables
+from optrot_edge.compare.options import ONLINE, QUANTIZERS, CompareOptions
+from optrot_edge.compare.run import is_measured
+from optrot_edge.compare.tables import BASE, COLUMNS, about, tables
 from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import differences
-from optrot_edge.journal import JOURNAL, Journal, Lock, commit
+from optrot_edge.journal import FORMAT, Journal, Lock, commit
 from optrot_edge.terminal import Reporter, print_comparison
 
 HERE = Path(__file__).resolve().parent
+RESULTS_FOLDER = HERE / "results"
 DOCUMENT = HERE.parent / "docs" / "paper.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 QUANTITIES = ("mu_w", "mu_h", "mu_w_mu_h", "tr_d_over_tr_h")
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run or finish the comparison; what is measured is kept in `--journal` and `--out`, even when Ctrl-C stops it."""
+    """Run or finish the comparison and print it; what is measured is kept in `--journal` and `--out`, even when Ctrl-C
+    stops it."""
     options.work.mkdir(parents=True, exist_ok=True)
     text = load_text(options.text)
     files = {"evaluation": options.work / "paper-evaluation.txt", "calibration": options.work / "paper-calibration.txt"}
@@ -58,8 +66,9 @@ def measure(options: argparse.Namespace) -> None:
     lists = {"rotations": listed(options.rotations), "bits": listed(options.bits, int),
              "quantizers": listed(options.quantizers), "activations": listed(options.activations, int),
              "online": options.online}
-    folder, refused = options.work / "paper", False
-    shown = widened(lists, options.out) if restore_journal(options.journal, folder) else None
+    folder, refused = options.work / f"paper{of_seed(options.seed)}", False
+    shown = widened(lists, restore_journal(options.journal, folder))
+    before = written_at(folder / RESULTS)
     try:
         with Reporter() as reporter:
             compare(build_testbed(options.work / "testbed"), folder, text=str(files["evaluation"]), group_size=192,
@@ -71,45 +80,84 @@ def measure(options: argparse.Namespace) -> None:
     finally:
         if not refused:
             keep_journal(folder, options.journal)
-            if (folder / RESULTS).exists():
+            if written_at(folder / RESULTS) != before:
                 save(options.out, shortened(json.loads((folder / RESULTS).read_text(encoding="utf-8"))))
+    print_comparison(json.loads(options.out.read_text(encoding="utf-8")), folder)
 
 
-def widened(lists: dict, out: Path) -> dict:
-    """`lists` with what the JSON at `out`, if there is one, has besides, so that measuring in parts loses no table."""
-    before = json.loads(out.read_text(encoding="utf-8"))["lists"] if out.is_file() else lists
-    return {"rotations": sorted({*lists["rotations"], *before["rotations"]}, key=list(ARMS).index),
-            **{name: sorted({*lists[name], *before[name]}, reverse=True) for name in ("bits", "activations")},
-            "quantizers": sorted({*lists["quantizers"], *before["quantizers"]}),
-            "online": lists["online"] if lists["online"] == before["online"] else "both"}
+def of_seed(seed: int) -> str:
+    """What the names of a seed's files have besides."""
+    return f"-seed{seed}" if seed else ""
 
 
-def restore_journal(archive: Path, folder: Path) -> bool:
-    """Have the comparison in `folder` go on where `archive` ends, with the rows of both; whether there is an archive.
+def written_at(path: Path) -> int | None:
+    """When the file was written; None without one."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def widened(lists: dict, entries: dict) -> dict:
+    """`lists` with those of every row that a journal's `entries` have measured, so that measuring in parts loses no
+    table."""
+    every = CompareOptions(list(ARMS), list(range(2, 9)), 192, "zero", list(QUANTIZERS), list(ACTIVATIONS), "both")
+    journal = Journal(Path(), {}, entries)
+    rows = [row for row in every.rows() if is_measured(journal, row)]
+    kept = lambda name, values: sorted({*lists[name], *values})  # noqa: E731
+    online = {row.build.online for row in rows if ARMS[row.build.arm].takes_online} | set(ONLINE[lists["online"]])
+    return {"rotations": sorted({*lists["rotations"], *(row.build.arm for row in rows)}, key=list(ARMS).index),
+            "bits": kept("bits", (row.build.bits for row in rows))[::-1],
+            "activations": kept("activations", (row.activations for row in rows))[::-1],
+            "quantizers": kept("quantizers", (row.build.quantizer for row in rows)),
+            "online": "both" if len(online) == 2 else lists["online"]}
+
+
+def joined(one: dict, other: dict) -> dict:
+    """The entries of two journals of the same settings: what is measured goes before what failed or was skipped, and of
+    zero-shot tasks there are the scores of both."""
+    found = {**other, **one}
+    for name in one.keys() & other.keys():
+        mine, theirs = one[name]["about"], other[name]["about"]
+        if theirs.get("status") == "measured" != mine.get("status"):
+            found[name] = other[name]
+        if name.startswith("tasks "):
+            scores = theirs.get("scores", {}) | mine.get("scores", {})
+            found[name] = {"about": found[name]["about"] | ({"scores": scores} if scores else {})}
+    return found
+
+
+def load_archive(archive: Path) -> dict | None:
+    """The journal kept in `archive`: its `settings` and `entries`; None without one."""
+    return json.loads(gzip.decompress(archive.read_bytes())) if archive.is_file() else None
+
+
+def restore_journal(archive: Path, folder: Path) -> dict:
+    """Have the comparison in `folder` go on with what it and `archive` have measured; its entries.
 
     InputError when the two are of other settings.
     """
-    if not archive.is_file():
-        return False
-    stored = json.loads(gzip.decompress(archive.read_bytes()))
     with Lock(folder.with_name(folder.name + ".lock")):
-        kept, mine = Journal(folder, stored["settings"], stored["entries"]), Journal.load(folder)
-        if mine is not None and (changed := differences(kept.settings, mine.settings)):
+        stored, mine = load_archive(archive), Journal.load(folder)
+        if stored is None:
+            return {} if mine is None else mine.entries
+        if mine is not None and (changed := differences(stored["settings"], mine.settings)):
             raise InputError(f"{archive} and {folder} hold comparisons of other settings: {'; '.join(changed)}. Choose "
                              "another --work, or another --journal with its own --out")
-        if mine is None:
+        entries = stored["entries"] if mine is None else joined(mine.entries, stored["entries"])
+        if mine is None or entries != mine.entries:
             folder.mkdir(parents=True, exist_ok=True)
-            kept.save()
-        elif missing := {name: entry for name, entry in kept.entries.items() if name not in mine.entries}:
-            mine.entries |= missing
-            mine.save()
-    return True
+            Journal(folder, stored["settings"] if mine is None else mine.settings, entries).save()
+        return entries
 
 
 def keep_journal(folder: Path, archive: Path) -> None:
-    """Compress what `folder` has measured so far to `archive`, equal journals to equal bytes."""
-    if (folder / JOURNAL).exists():
-        packed = gzip.compress((folder / JOURNAL).read_bytes(), mtime=0)
+    """Compress what `folder` and `archive` have measured so far to `archive`, equal journals to equal bytes."""
+    mine = Journal.load(folder)
+    if mine is None:
+        return
+    with Lock(archive.with_name(archive.name + ".lock")):
+        stored = load_archive(archive)
+        entries = mine.entries if stored is None else joined(mine.entries, stored["entries"])
+        text = json.dumps({"format": FORMAT, "settings": mine.settings, "entries": entries}) + "\n"
+        packed = gzip.compress(text.encode(), mtime=0)
         commit(archive, lambda partial: partial.write_bytes(packed))
 
 
@@ -143,11 +191,45 @@ def written(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_document(results: dict, document: Path = DOCUMENT) -> None:
-    """Put `results` between the marks of `document`."""
+def over_seeds(by_seed: dict[int, dict]) -> str:
+    """A table of the arms' KL as shares of the Hadamard's of the same seed, where several seeds have them."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for seed, results in by_seed.items():
+        for table in tables(results):
+            kl = {row["arm"]: row["kl_mean"] for row in table["rows"] if row["status"] == "measured"}
+            short, _, online = (part.strip() for part in table["title"].partition(", groups of"))
+            where = f"{short}, {online.rpartition(', ')[2]}"
+            for row in table["rows"]:
+                if row["arm"] != BASE and {row["arm"], BASE} <= kl.keys():
+                    found.setdefault((where, row["label"]), {})[seed] = kl[row["arm"]] / kl[BASE]
+    several = {key: ratios for key, ratios in found.items() if len(ratios) > 1}
+    if not several:
+        return ""
+    seeds = sorted({seed for ratios in several.values() for seed in ratios})
+    lines = ["### Several seeds: KL as a share of the Hadamard's of the same seed", "",
+             "| setting | arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean ± standard error |",
+             "|---" * (len(seeds) + 3) + "|"]
+    for (where, label), ratios in several.items():
+        each = [f"{ratios[seed]:.3f}" if seed in ratios else "" for seed in seeds]
+        error = statistics.stdev(ratios.values()) / len(ratios) ** 0.5
+        lines.append(f"| {where} | {label} | " + " | ".join(each)
+                     + f" | {statistics.fmean(ratios.values()):.3f} ± {error:.3f} |")
+    return "\n".join(lines)
+
+
+def load_seeds(folder: Path = RESULTS_FOLDER) -> dict[int, dict]:
+    """The results in `folder` by their seed, that of the tables (0) first."""
+    paths = [folder / "paper_tables.json", *sorted(folder.glob("paper_tables-seed*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    return {results["settings"]["recipe"]["seed"]: results for results in found}
+
+
+def write_document(by_seed: dict[int, dict], document: Path = DOCUMENT) -> None:
+    """Put the tables of seed 0, and the ratios of all, between the marks of `document`."""
+    said = "\n\n".join(filter(None, (written(by_seed[0]), over_seeds(by_seed))))
     before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    document.write_text(f"{before}{BEGIN}\n{written(results)}\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{BEGIN}\n{said}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -167,20 +249,21 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-minutes", type=float, help="leave out what would not end within this")
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "paper_tables.json")
-    parser.add_argument("--journal", type=Path, default=HERE / "results" / "paper_tables.journal.json.gz")
-    parser.add_argument("--write", action="store_true", help="write the document from --out; measure nothing")
+    parser.add_argument("--out", type=Path, help="(default: benchmarks/results/paper_tables.json; of a --seed its own)")
+    parser.add_argument("--journal", type=Path, help="(default: beside --out)")
+    parser.add_argument("--write", action="store_true", help="write the document; measure nothing")
     options = parser.parse_args()
+    own = RESULTS_FOLDER / f"paper_tables{of_seed(options.seed)}.json"
+    options.out = options.out or own
+    options.journal = options.journal or options.out.with_suffix(".journal.json.gz")
     if not options.write:
         try:
             measure(options)
         except InputError as error:
             sys.exit(f"error: {error}")
-    results = json.loads(options.out.read_text(encoding="utf-8"))
-    write_document(results)
-    if not options.write:
-        print_comparison(results, options.work / "paper")
-    Console().print(f"written to {DOCUMENT}")
+    if options.write or options.out == own:
+        write_document(load_seeds())
+        Console().print(f"written to {DOCUMENT}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from tests.compare.conftest import options
 from tests.road import save_model
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "paper.md"
-RESULTS = Path(paper_tables.HERE) / "results" / "paper_tables.json"
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
@@ -33,7 +32,7 @@ def test_the_document_holds_the_rows(text, tmp_path):
     document = tmp_path / "paper.md"
     document.write_text(f"before\n{paper_tables.BEGIN}\nold\n{paper_tables.END}\nafter\n")
     for _ in range(2):
-        paper_tables.write_document(kept, document)
+        paper_tables.write_document({0: kept}, document)
         said = document.read_text()
         assert said == f"before\n{paper_tables.BEGIN}\n{paper_tables.written(kept)}\n{paper_tables.END}\nafter\n"
     for row in tables(found)[0]["cells"]:
@@ -56,12 +55,15 @@ def test_a_journal_goes_on_in_another_folder(text, tmp_path, monkeypatch):
     paper_tables.keep_journal(other, archive)
     assert archive.read_bytes() == packed
 
-    journal = Journal.load(other)  # what only one of the two has is joined
+    journal = Journal.load(other)  # what only one of the two has measured is joined, both ways
     rows = [name for name in journal.entries if name.startswith("row ")]
     journal.entries = {name: entry for name, entry in journal.entries.items() if name != rows[0]}
+    journal.note(rows[1], {"status": "skipped", "reason": "no time"})
     journal.note("row further", {"status": "measured"})
-    assert paper_tables.restore_journal(archive, other)
-    assert Journal.load(other).entries.keys() == {*Journal.load(tmp_path / "out").entries, "row further"}
+    paper_tables.keep_journal(other, archive)
+    whole = paper_tables.load_archive(archive)["entries"]
+    assert whole == Journal.load(tmp_path / "out").entries | {"row further": journal.entries["row further"]}
+    assert paper_tables.restore_journal(archive, other) == whole == Journal.load(other).entries
     Journal(other, journal.settings | {"text": "another"}).save()
     with pytest.raises(InputError, match="other settings: the calibration text has changed. Choose another --work"):
         paper_tables.restore_journal(archive, other)
@@ -90,23 +92,24 @@ def script(monkeypatch, tmp_path, text, *arguments) -> tuple:
     made = options(text)
 
     def tiny(model, folder, **given):
-        own = {"text": "builtin", "group_size": 32, "windows": 3, "window": 32, "fields": made["fields"]}
+        own = {"text": "builtin", "group_size": 32, "windows": 3, "window": 32,
+               "fields": made["fields"] | {"seed": given["fields"]["seed"]}}
         return compare(model, folder, **given | own)
 
     monkeypatch.setattr(paper_tables, "compare", tiny)
     monkeypatch.setattr(paper_tables, "build_testbed", lambda _: save_model(tmp_path / "model", "smollm2"))
     monkeypatch.setattr(paper_tables, "DOCUMENT", tmp_path / "paper.md")
+    monkeypatch.setattr(paper_tables, "RESULTS_FOLDER", tmp_path)
     monkeypatch.setattr(paper_tables.write_document, "__defaults__", (tmp_path / "paper.md",))
+    monkeypatch.setattr(paper_tables.load_seeds, "__defaults__", (tmp_path,))
     (tmp_path / "paper.md").write_text(f"{paper_tables.BEGIN}{paper_tables.END}")
-    monkeypatch.setattr("sys.argv", ["paper_tables.py", "--text", text, "--work", str(tmp_path / "work"), "--out",
-                                     str(tmp_path / "out.json"), "--journal", str(tmp_path / "journal.json.gz"),
-                                     *arguments])
+    monkeypatch.setattr("sys.argv", ["paper_tables.py", "--text", text, "--work", str(tmp_path / "work"), *arguments])
     try:
         paper_tables.main()
         ended = 0
     except SystemExit as error:
         ended = error.code
-    out = tmp_path / "out.json"
+    out = tmp_path / "paper_tables.json"
     return json.loads(out.read_text()) if out.exists() else None, ended
 
 
@@ -121,15 +124,38 @@ def test_measuring_in_parts_loses_no_row(text, tmp_path, monkeypatch):
         ("none", 4, "measured"), ("hadamard", 4, "measured"), ("none", 3, "measured"), ("hadamard", 3, "measured")]
     document = (tmp_path / "paper.md").read_text()
     assert document.count("| QuaRot (random Hadamard) |") == 2 and "pending" not in document
-    kept = [(tmp_path / name).read_bytes() for name in ("out.json", "journal.json.gz")]
+    names = ("paper_tables.json", "paper_tables.journal.json.gz")
+    kept = [(tmp_path / name).read_bytes() for name in names]
     monkeypatch.setattr(Comparison, "measure", lambda *_: pytest.fail("measured"))
     _, ended = script(monkeypatch, tmp_path, text, "--rotations", "none", "--bits", "9")
     assert "--bits 9" in ended
-    assert kept == [(tmp_path / name).read_bytes() for name in ("out.json", "journal.json.gz")]
+    assert kept == [(tmp_path / name).read_bytes() for name in names]
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+def test_seeds_stand_side_by_side(text, tmp_path, monkeypatch):
+    asked = ("--bits", "4", "--quantizers", "rtn", "--activations", "16", "--online", "no", "--rotations")
+    for seed, rotations in (("0", "none,hadamard,optrot"), ("1", "hadamard,optrot"), ("2", "hadamard")):
+        _, ended = script(monkeypatch, tmp_path, text, *asked, rotations, "--seed", seed)
+        assert ended == 0
+    kl = {}
+    for seed in ("", "-seed1"):
+        rows = json.loads((tmp_path / f"paper_tables{seed}.json").read_text())["rows"]
+        kl[seed] = {row["arm"]: row["kl_mean"] for row in rows}
+    assert kl[""]["hadamard"] != kl["-seed1"]["hadamard"]
+    ratios = [of["optrot"] / of["hadamard"] for of in kl.values()]
+    error = abs(ratios[0] - ratios[1]) / 2
+    said = (tmp_path / "paper.md").read_text()
+    assert (f"\n| W4, RTN, without online R3 and R4 | OptRot, all matrices | {ratios[0]:.3f} | {ratios[1]:.3f} | "
+            f"{sum(ratios) / 2:.3f} ± {error:.3f} |\n") in said
+    assert said.count("W4, RTN, without online R3 and R4 |") == 1  # the others have one seed
+    script(monkeypatch, tmp_path, text, *asked, "none", "--out", str(tmp_path / "other.json"))
+    assert (tmp_path / "other.json").exists()
+    assert (tmp_path / "paper.md").read_text() == f"{paper_tables.BEGIN}{paper_tables.END}"
 
 
 def test_the_repositorys_document_says_what_was_measured():
-    """Nothing before there is a measurement, and then that."""
     said = DOCUMENT.read_text().partition(f"{paper_tables.BEGIN}\n")[2].partition(f"\n{paper_tables.END}")[0]
-    wanted = paper_tables.written(json.loads(RESULTS.read_text())) if RESULTS.exists() else "Not measured yet."
-    assert said == wanted
+    by_seed = paper_tables.load_seeds()
+    assert by_seed and said == "\n\n".join(
+        filter(None, (paper_tables.written(by_seed[0]), paper_tables.over_seeds(by_seed))))
