@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from optrot_edge.device import widest_float
 from optrot_edge.errors import InputError, StorageError
 from optrot_edge.gridspec import fitting_type
 from optrot_edge.models import forward
@@ -43,11 +44,11 @@ from optrot_edge.quantize.statistics import MeanProduct
 from optrot_edge.quantize.streams import embedded, native_chunks, picked_rows
 from optrot_edge.rotations.baselines import ONLINE
 from optrot_edge.rotations.covariance import INPUTS
-from optrot_edge.rotations.transforms import Butterfly, Dense, Kronecker
+from optrot_edge.rotations.transforms import Butterfly, Hadamard, Kronecker
 
 KIND_OF_FIRST = {names[0]: kind for kind, names in INPUTS.items()}
 TOKENS, JUDGES = 1024, 146  # sampled to learn on, and to judge by
-METHODS = {"quip#": Dense, "flatquant": Kronecker, "butterflyquant": Butterfly}
+LEARNED = {"flatquant": Kronecker, "butterflyquant": Butterfly}
 RATES = {"flatquant": 0.005, "butterflyquant": 0.02}  # of Adam: entries of the factors, radians
 
 
@@ -144,7 +145,7 @@ class LearnedTransforms:
                     found[int(index)].setdefault(kind, {})[name] = handle.get_tensor(key)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{path} holds no learned transforms ({error})") from None
-        layers = [{kind: METHODS[about["method"]](**tensors) for kind, tensors in layer.items()} for layer in found]
+        layers = [{kind: LEARNED[about["method"]](**tensors) for kind, tensors in layer.items()} for layer in found]
         return cls(about["method"], layers, about["losses"], about["steps"], about["tokens"])
 
 
@@ -166,7 +167,7 @@ def learn_transforms(source, tokens: torch.Tensor, options: AnalysisOptions, gen
         rows = _sampled(stream, layer, config, rope, kept)
         found, errors = {}, {}
         for kind, names in INPUTS.items():
-            found[kind] = METHODS[options.method].start(rows[kind].shape[1], generator)
+            found[kind] = LEARNED[options.method].start(rows[kind].shape[1], generator)
             weight = torch.cat([layer[f"{name}.weight"] for name in names])
             errors[kind] = learn_transform(found[kind], weight, rows[kind][judges:], rows[kind][:judges], options)
         layers.append(found)
@@ -195,7 +196,7 @@ def analyse(source, tokens: torch.Tensor, options: AnalysisOptions, generator: t
     for index in range(config.num_hidden_layers):
         layer = {k: v.to(device) for k, v in source.layer(index, torch.float32).items()}
         hessians = _hessians(stream, layer, config, rope)
-        found = {kind: Dense.hadamard(len(hessians[kind]), generator) for kind in INPUTS} if learned is None \
+        found = {kind: Hadamard.start(len(hessians[kind]), generator) for kind in INPUTS} if learned is None \
             else learned.layers[index]
         for kind, names in INPUTS.items():
             weights = [layer[f"{name}.weight"] for name in names]
@@ -290,8 +291,9 @@ def quantised(weights: list[torch.Tensor], hessian: torch.Tensor, transform, opt
               generator: torch.Generator) -> list[torch.Tensor]:
     """The decoded weights [out, in] of the linears that read one input, float32, in their own basis; `hessian` [in, in]
     is the input's. Outputs are mixed within each of them: a mixture of all would share the error of the largest."""
-    outer = [Dense.hadamard(len(weight), generator) for weight in weights] if options.method == "quip#" else []
-    grid, parts = Grid(fitting_type(options.grid, len(hessian))), [transform.weight(w.double()) for w in weights]
+    outer = [Hadamard.start(len(weight), generator) for weight in weights] if options.method == "quip#" else []
+    grid, wide = Grid(fitting_type(options.grid, len(hessian))), widest_float(hessian.device)
+    parts = [transform.weight(w.to(wide)) for w in weights]
     for index, one in enumerate(outer):
         parts[index] = one.apply(parts[index].T).T
     turned = torch.cat(parts).float().contiguous()
@@ -299,10 +301,10 @@ def quantised(weights: list[torch.Tensor], hessian: torch.Tensor, transform, opt
         params = grid.fit(turned)
         codes = grid.round(turned, params)
     else:
-        h = transform.apply(transform.apply(hessian.double()).T.contiguous())
+        h = transform.apply(transform.apply(hessian.to(wide)).T.contiguous())
         params = grid.fit(turned, h.diagonal())
         codes = gptq(turned, prepare_hessian(h, damp=options.damp, act_order=options.act_order), grid, params)
-    parts = list(grid.decode(codes, params).double().split([len(weight) for weight in weights]))
+    parts = list(grid.decode(codes, params).to(wide).split([len(weight) for weight in weights]))
     for index, one in enumerate(outer):
         parts[index] = one.undo(parts[index].T).T
     return [transform.weight_back(part.contiguous()).float() for part in parts]

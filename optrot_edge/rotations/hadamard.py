@@ -7,6 +7,7 @@ An order with no construction here gets a dense orthogonal matrix, and its name 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -145,12 +146,27 @@ def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
     return (q * r.diagonal().sign()).contiguous()
 
 
-def random_hadamard(n: int, generator: torch.Generator) -> tuple[torch.Tensor, str]:
-    """A randomised orthogonal Hadamard rotation [n, n], float64, and its construction's name.
+class RandomHadamard(NamedTuple):
+    """A randomised orthogonal Hadamard rotation as it is drawn: rows of `scale` · `base` [n, n] in a random `order`,
+    with random `signs`; `name` is the construction's. Draws of one order share their base."""
 
-    Rows' signs and order are random (QuaRot, arXiv 2404.00456, section 3.1). When no Hadamard matrix
-    of order n can be built, the result is kron(random orthogonal m, Sylvester 2^k) with n = m·2^k,
-    named "dense-fallback-m x sylvester-2^k".
+    base: torch.Tensor
+    scale: float
+    signs: torch.Tensor
+    order: torch.Tensor
+    name: str
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The rotation [n, n], float64."""
+        return self.signs.double()[:, None] * (self.base * self.scale)[self.order]
+
+
+def draw_hadamard(n: int, generator: torch.Generator) -> RandomHadamard:
+    """A random Hadamard of order n: signs and order of its rows are random (QuaRot, arXiv 2404.00456, section 3.1).
+
+    When no Hadamard matrix of order n can be built, its base is kron(random orthogonal m, Sylvester 2^k) with
+    n = m·2^k, named "dense-fallback-m x sylvester-2^k", and not shared.
     """
     built = hadamard(n)
     if built is None:
@@ -158,10 +174,15 @@ def random_hadamard(n: int, generator: torch.Generator) -> tuple[torch.Tensor, s
         while odd % 2 == 0:
             odd //= 2
         small, _ = hadamard(n // odd)
-        matrix = torch.kron(random_orthogonal(odd, generator), small) * (n // odd) ** -0.5
+        base, scale = torch.kron(random_orthogonal(odd, generator), small), (n // odd) ** -0.5
         name = f"dense-fallback-{odd} x sylvester-{n // odd}"
     else:
-        matrix, name = built[0] * n**-0.5, built[1]
+        base, scale, name = built[0], n**-0.5, built[1]
     signs = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0
-    order = torch.randperm(n, generator=generator)
-    return signs.double()[:, None] * matrix[order], name
+    return RandomHadamard(base, scale, signs, torch.randperm(n, generator=generator), name)
+
+
+def random_hadamard(n: int, generator: torch.Generator) -> tuple[torch.Tensor, str]:
+    """A randomised orthogonal Hadamard rotation [n, n], float64, and its construction's name; see `draw_hadamard`."""
+    drawn = draw_hadamard(n, generator)
+    return drawn.matrix, drawn.name

@@ -1,7 +1,8 @@
 """Transforms of a linear's input that cannot be fused, for analysis: `x → x T`, `W → W T⁻ᵀ`.
 
 Each has `apply(x)` = x T, `undo(y)` = y T⁻¹, `weight(W)` = W T⁻ᵀ, `weight_back(W')` = W' Tᵀ, all on rows [..., n] and
-differentiable, and `parameters`, the tensors that are learned. `tensors()`, by name, are all that make it again.
+differentiable, and `parameters`, the tensors that are learned. Of those that learn, `tensors()`, by name, are all that
+make it again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 
 import torch
 
-from optrot_edge.rotations.hadamard import random_hadamard, random_orthogonal
+from optrot_edge.rotations.hadamard import RandomHadamard, draw_hadamard, random_orthogonal
 
 
 class Orthogonal:
@@ -35,26 +36,22 @@ class Orthogonal:
         return self.undo(w)
 
 
-class Dense(Orthogonal):
-    """T as a matrix [n, n]."""
+class Hadamard(Orthogonal):
+    """A random Hadamard, kept as it was drawn (`hadamard.draw_hadamard`): a matrix per use, not one per transform."""
 
-    def __init__(self, matrix: torch.Tensor):
-        self.matrix = matrix
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What the constructor takes."""
-        return {"matrix": self.matrix}
+    def __init__(self, drawn: RandomHadamard):
+        self.drawn = drawn
 
     @classmethod
-    def hadamard(cls, n: int, generator: torch.Generator) -> Dense:
-        """A random Hadamard, see `hadamard.random_hadamard`."""
-        return cls(random_hadamard(n, generator)[0])
+    def start(cls, n: int, generator: torch.Generator) -> Hadamard:
+        """One of order n."""
+        return cls(draw_hadamard(n, generator))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.matrix.to(x)
+        return x @ self.drawn.matrix.to(x)
 
     def undo(self, y: torch.Tensor) -> torch.Tensor:
-        return y @ self.matrix.to(y).T
+        return y @ self.drawn.matrix.to(y).T
 
 
 class Butterfly(Orthogonal):

@@ -20,7 +20,7 @@ from optrot_edge.rotations.analysis import (
     quantised,
 )
 from optrot_edge.rotations.baselines import ONLINE
-from optrot_edge.rotations.transforms import Butterfly, Dense, Kronecker
+from optrot_edge.rotations.transforms import Butterfly, Hadamard, Kronecker
 from optrot_edge.runtime.torch_reference import TorchBackend
 from tests.rotations.test_optrot_plus import make_uneven
 from tests.tiny_models import random_tokens, save_tiny
@@ -136,7 +136,7 @@ def test_small_matrices_do_not_get_the_errors_of_large_ones(quantizer):
     """Of those that read the same input, as v beside q and k: outputs are mixed within each."""
     generator = torch.Generator().manual_seed(0)
     weights = [scale * torch.randn(rows, 64, generator=generator) for scale, rows in ((1.0, 48), (0.01, 24))]
-    found = quantised(weights, torch.eye(64), Dense.hadamard(64, generator),
+    found = quantised(weights, torch.eye(64), Hadamard.start(64, generator),
                       AnalysisOptions("quip#", "q4_0", quantizer), generator)
     for weight, decoded in zip(weights, found, strict=True):
         assert 0.03 < float((weight - decoded).norm() / weight.norm()) < 0.12

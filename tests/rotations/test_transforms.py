@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from optrot_edge.rotations.transforms import Butterfly, Dense, Kronecker
+from optrot_edge.rotations.hadamard import random_hadamard
+from optrot_edge.rotations.transforms import Butterfly, Hadamard, Kronecker
 
 SIZES = [96, 64, 30, 7]
 
@@ -13,7 +14,7 @@ SIZES = [96, 64, 30, 7]
 def made(kind, n, seed=0):
     """A transform away from its start."""
     generator = torch.Generator().manual_seed(seed)
-    start = {"dense": Dense.hadamard, "butterfly": Butterfly.start, "kronecker": Kronecker.start}[kind]
+    start = {"hadamard": Hadamard.start, "butterfly": Butterfly.start, "kronecker": Kronecker.start}[kind]
     transform = start(n, generator)
     with torch.no_grad():
         for parameter in transform.parameters:
@@ -23,7 +24,7 @@ def made(kind, n, seed=0):
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("kind", ["dense", "butterfly", "kronecker"])
+@pytest.mark.parametrize("kind", ["hadamard", "butterfly", "kronecker"])
 def test_the_linear_is_unchanged_and_inverses_invert(kind, n):
     transform = made(kind, n)
     x, w = (torch.randn(rows, n, generator=torch.Generator().manual_seed(rows), dtype=torch.float64) for rows in (5, 9))
@@ -34,6 +35,15 @@ def test_the_linear_is_unchanged_and_inverses_invert(kind, n):
     torch.testing.assert_close(transform.weight_back(w), w @ matrix.T, rtol=0, atol=1e-10)
     if kind != "kronecker":
         torch.testing.assert_close(matrix.T @ matrix, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_hadamards_are_those_that_fuse_and_share_their_base(n):
+    first, second = made("hadamard", n), made("hadamard", n, seed=1)
+    matrix, name = random_hadamard(n, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(first.apply(torch.eye(n, dtype=torch.float64)), matrix, rtol=0, atol=0)
+    assert (first.drawn.base is second.drawn.base) == (not name.startswith("dense-fallback"))
+    assert not torch.equal(first.drawn.matrix, second.drawn.matrix)
 
 
 def test_kronecker_is_one():
