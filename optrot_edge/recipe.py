@@ -158,6 +158,8 @@ class Recipe:
     def end_to_end_options(self) -> EndToEndOptions:
         """The `e2e_` fields for a rotation in END_TO_END."""
         options = END_TO_END[self.rotation]
+        if self.e2e_lr is not None and self.e2e_lr <= 0:
+            raise InputError(f"--e2e-lr {self.e2e_lr}: more than 0 is needed")
         given = {"activations": self.e2e_activations, "loss": self.e2e_loss, "lr": self.e2e_lr}
         return replace(options, steps=self.e2e_steps, tokens=self.e2e_tokens, scales=options.scales and self.scales,
                        **{name: value for name, value in given.items() if value is not None})

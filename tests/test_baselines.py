@@ -73,6 +73,7 @@ def test_methods_that_no_package_can_hold(name, files, tmp_path, capfd):
     ({"rotation": "spinquant", "e2e_activations": 16}, "rounds nothing"),
     ({"rotation": "spinquant", "e2e_loss": "mse"}, "--e2e-loss mse: use cross-entropy or kl-top"),
     ({"rotation": "spinquant", "e2e_lr": float("nan")}, "--e2e-lr nan"),
+    ({"rotation": "spinquant", "e2e_lr": -1.5}, "--e2e-lr -1.5: more than 0"),
 ])
 def test_recipes_that_are_refused(fields, says):
     with pytest.raises(InputError, match=says):
