@@ -132,9 +132,12 @@ def continuation_scores(runner, pairs: list[tuple[list[int], list[int]]], progre
     that alone does not is an InputError."""
     inputs = []
     for context, continuation in pairs:
-        if len(continuation) > runner.context_length or not continuation or not context:
-            raise InputError(f"a task's text of {len(continuation)} tokens after {len(context)} cannot be scored in a "
-                             f"context of {runner.context_length} tokens")
+        if not continuation or not context:
+            raise InputError(f"a task asks for the likelihood of {len(continuation)} tokens after {len(context)}; both "
+                             "need at least one")
+        if len(continuation) > runner.context_length:
+            raise InputError(f"a task's answer of {len(continuation)} tokens does not fit the model's context of "
+                             f"{runner.context_length}")
         inputs.append((context + continuation)[-runner.context_length - 1:][:-1])
     scores: list = [None] * len(pairs)
     order, done = sorted(range(len(pairs)), key=lambda index: -len(inputs[index])), 0

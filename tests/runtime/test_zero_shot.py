@@ -62,7 +62,7 @@ def test_a_long_context_loses_its_beginning(folder, logits_of):
     with TorchBackend(folder) as runner:
         runner.context_length = 6
         (cut, _), = continuation_scores(runner, [(list(range(1, 20)), [3, 4])])
-        with pytest.raises(InputError, match="text of 7 tokens after 1 cannot be scored in a context of 6"):
+        with pytest.raises(InputError, match="answer of 7 tokens does not fit the model's context of 6"):
             continuation_scores(runner, [([1], [2] * 7)])
     assert cut == pytest.approx(by_hand(logits_of, list(range(15, 20)), [3, 4])[0], abs=1e-4)
 
