@@ -49,7 +49,7 @@ def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = Fa
         raise InputError(f"--window {tokens.shape[1]} exceeds the model's context of "
                          f"{source.config.max_position_embeddings} tokens")
     device = resolve_device(recipe.device)
-    lock = Lock(out.absolute().with_name(out.absolute().name + ".lock"))
+    lock = Lock(out.resolve().with_name(out.resolve().name + ".lock"))  # one, whatever links lead there
     try:
         with CalibrationInputs(source, recipe, device, out / "work", progress=progress) as inputs:
             if inputs.text_sha256 == text_sha256(words):

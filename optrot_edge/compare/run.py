@@ -91,13 +91,25 @@ class Comparison:
             with self._noting(lambda: f"tasks {ORIGINAL}"):
                 self._zero_shot(ORIGINAL, self.source, 16)
         self.progress("compare", len(groups), len(groups), "")
-        shutil.rmtree(self.work)
+        if all(map(self._is_done, rows)):  # else what was quantised for rows that failed serves the next run
+            shutil.rmtree(self.work)
 
     def _measure(self, build: Build, rows: list[Row]) -> None:
         """Quantise and evaluate `rows` of one build, or note why that could not be."""
+        arm, made, failure = ARMS[build.arm], None, None
         for row in rows:
             with self._noting(lambda row=row: f"{'tasks' if is_measured(self.journal, row) else 'row'} {row.name}"):
-                self._evaluate(row, self._analysed(row) if ARMS[build.arm].analysis else self._quantized(build))
+                if failure is not None:
+                    raise failure
+                if made is None:
+                    try:
+                        made = self._analysed(row) if arm.analysis else self._quantized(build)
+                    except Exception as error:
+                        failure = error
+                        raise
+                self._evaluate(row, made)
+            if arm.analysis and arm.baseline:  # learned for the row's activations
+                made = failure = None
         if all(self._is_done(row) for row in rows):
             remove_folder(self.work / build.name)
 
@@ -285,7 +297,8 @@ class Comparison:
         if self._left() is None:
             return
         recipe = dataclasses.replace(self.options.rotation_recipe(build), quantizer=build.quantizer)
-        if recipe.rotation != "none" and self.journal.about(f"rotations/{build.rotation}.safetensors") is not None:
+        kept = f"rotations/{build.rotation}.safetensors"
+        if recipe.rotation != "none" and self.journal.about(kept) is not None and (self.folder / kept).is_file():
             recipe = dataclasses.replace(recipe, rotation="hadamard")  # nothing is left to learn
         needed = make_plan(self.source, recipe, starting_point(self.source, recipe))["seconds"]
         if needed > self._left():

@@ -14,6 +14,7 @@ import pytest
 from optrot_edge import pipeline
 from optrot_edge.checkpoint import QuantizedCheckpoint
 from optrot_edge.compare.comparison import compare
+from optrot_edge.compare.run import Comparison
 from optrot_edge.compare.tables import tables
 from optrot_edge.errors import InputError
 from optrot_edge.journal import JOURNAL, Journal, Lock
@@ -259,6 +260,9 @@ def test_other_folders_and_other_processes_are_refused(uneven, words, text, tmp_
     try:
         with pytest.raises(InputError, match="another process .* is writing out"):
             run(uneven, words, text, tmp_path / "out")
+        (tmp_path / "link").symlink_to(tmp_path / "out")
+        with pytest.raises(InputError, match="another process .* is writing out"):
+            run(uneven, words, text, tmp_path / "link")
     finally:
         lock.release()
 
@@ -291,6 +295,24 @@ def test_an_arm_that_fails_is_a_row_with_its_reason(uneven, words, text, tmp_pat
     assert none["status"] == "measured"
     assert hadamard["status"] == "failed" and "R4 block 64 must be" in hadamard["reason"]
     assert "failed" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_model_is_quantised_once_for_rows_that_fail(uneven, words, text, tmp_path, monkeypatch):
+    """In a run, and in the next one."""
+    asked, tries = {"rotations": ["hadamard"], "activations": [16, 8]}, []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "quantize", lambda *_, **__: tries.append(1) or [][0])
+        found = run(uneven, words, text, tmp_path / "out", **asked)
+    assert tries == [1] and [row["reason"] for row in found["rows"]] == ["IndexError: list index out of range"] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_score", lambda *_: [][0])
+        found = run(uneven, words, text, tmp_path / "out", **asked)
+    assert [row["status"] for row in found["rows"]] == ["failed"] * 2
+    calls = []
+    found = run(uneven, words, text, tmp_path / "out", progress=lambda *call: calls.append(call), **asked)
+    assert [row["status"] for row in found["rows"]] == ["measured"] * 2
+    assert "quantise layers" not in {call[0] for call in calls} and not (tmp_path / "out" / "work").exists()
+    assert found == run(uneven, words, text, tmp_path / "plain", **asked)
 
 
 def test_a_signal_that_came_out_as_another_exception_is_no_failed_row(uneven, words, text, tmp_path):
@@ -346,7 +368,7 @@ def test_baselines_and_what_runs_online(uneven, words, text, tmp_path):
     fused = [f"{arm}-w4-gptq{online}" for arm in arms[:6] for online in ("", "-online")]
     assert list(dict.fromkeys(row["build"] for row in found["rows"])) == [
         *fused[::2], *(f"{arm}-w4-gptq" for arm in arms[6:]), *fused[1::2]]
-    assert sum(call[:2] == ("quantise layers", 1) for call in calls) == len(fused) + 2 * 3
+    assert sum(call[:2] == ("quantise layers", 1) for call in calls) == len(fused) + 1 + 2 * 2
     assert sum(call[:2] == ("learn transforms", 1) for call in calls) == 2 * 2
     for build in fused:
         assert rows[f"{build}-a4"]["kl_mean"] > rows[f"{build}-a16"]["kl_mean"]
