@@ -100,7 +100,7 @@ def _arms(results: dict, online: bool) -> dict[str, dict]:
 
 def _dashes(entry: dict) -> str:
     """An arm learned for each width of the weights has several lines of one colour."""
-    return {None: "-", 4: "-", 3: "--"}.get(entry["bits"], ":")
+    return {None: "-", 2: ":", 3: "--", 4: "-", 5: "-."}.get(entry["bits"], (0, (entry["bits"] or 1, 2)))
 
 
 def _style(arm: str) -> dict:
@@ -143,7 +143,9 @@ def _draw_layers(lines: dict, key: str, label: str, scale: str, title: str, *, b
     for axes in grid[:, 0]:
         axes.set_ylabel(label, fontsize=12)
     panels[-1].axis("off")
-    panels[-1].legend(list(handles.values()), list(handles), loc="center", frameon=False, fontsize=12)
+    legend = panels[-1].legend(list(handles.values()), list(handles), loc="center", frameon=False,
+                               fontsize=min(12, 12 * 13 / len(handles)))
+    legend.set_in_layout(False)  # as large as it is, it takes no room from the panels
     return figure
 
 
