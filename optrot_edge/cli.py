@@ -208,6 +208,10 @@ def compare(model: opt.Model, text: Annotated[str, typer.Option(help="Text to ev
                     tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()], task_limit=task_limit,
                     fields=fields)
     _emit(found, lambda result: print_comparison(result, out))
+    rows = found["rows"]
+    failed = next((row for row in rows if row["status"] == "failed"), None)
+    if failed and not any(row["status"] == "measured" for row in rows):
+        raise InputError(f"no row could be measured; {failed['name']}: {failed['reason']}")
 
 
 @app.command("eval")

@@ -70,7 +70,9 @@ class Journal:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             version, settings, entries = stored["format"], stored["settings"], stored["entries"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error!r}); start over with --restart") from None
         if version != FORMAT:
             raise InputError(f"{folder} was begun by another version of optrot-edge; finish it with that, or start "

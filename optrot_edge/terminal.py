@@ -131,6 +131,8 @@ def print_report(report: dict) -> None:
         table.add_row("KL at most", cell("kl_upper_bound", "{:.4f}"))
     if report.get("nonfinite"):
         table.add_row("non-finite logits", str(report["nonfinite"]), style="bold red")
+    if report.get("activations"):
+        table.add_row("activations rounded to", f"{report['activations']} bits")
     table.add_row("size", f"{_size(report['bytes'])}, {report['bits_per_weight']:.3f} bits per weight")
     if report.get("decode_tokens_per_s"):
         table.add_row("tokens/s, prefill / decode",

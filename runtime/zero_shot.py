@@ -33,7 +33,7 @@ class ZeroShotTask:
 
 
 def load_tasks(names: list[str], limit: int | None = None) -> tuple[dict[str, ZeroShotTask], dict[str, str]]:
-    """Tasks by name, and by name why those are left out whose data cannot be had.
+    """Tasks by name, and by name why those are left out that cannot be loaded.
 
     names: of tasks that the harness has, or their YAML files. limit: items of each, the first ones. Raises InputError
     for what is neither, for groups, for tasks that are not answered by the likeliest of given texts, for two of one

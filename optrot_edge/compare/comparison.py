@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import statistics
 import warnings
 from collections.abc import Callable
@@ -15,11 +16,12 @@ from optrot_edge.compare.run import ORIGINAL, Comparison, known_tasks, learning_
 from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import differences, fingerprint
 from optrot_edge.inputs import CalibrationInputs, Progress
-from optrot_edge.journal import JOURNAL, Journal, Lock, commit, remove_folder
+from optrot_edge.journal import JOURNAL, Journal, Lock, commit
 from optrot_edge.rotating import needs_learn, quiet, resolve_device
 
 RESULTS = "results.json"
 KIND = "compare"  # of the journal
+OWN = ("work", "rotations", "results.md", "results.csv", "index.html", "figures")  # what a folder holds besides
 
 
 def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = False, shown: dict | None = None,
@@ -94,7 +96,7 @@ def _begin(out: Path, settings: dict, restart: bool) -> Journal:
     """The journal of the folder `out`, a new one if there is none or, by `restart`, what there is is forgotten."""
     remains = out.is_dir() and _is_remains(out)
     if remains and restart:
-        remove_folder(out)
+        _forget(out)
     elif remains:
         (out / f"{JOURNAL}.partial").unlink(missing_ok=True)  # of a run that was killed as it began
     journal = Journal.load(out) if out.is_dir() else None
@@ -104,7 +106,7 @@ def _begin(out: Path, settings: dict, restart: bool) -> Journal:
     if journal is not None and journal.settings.get("kind") != KIND:
         raise InputError(f"{out} holds another command's unfinished work; choose another --out")
     if journal is not None and restart:
-        remove_folder(out)
+        _forget(out)
         journal = None
     if journal is not None and (changed := differences(journal.settings, settings)):
         raise InputError(f"{out} holds a comparison of other settings: {'; '.join(changed)}. Go on with the former "
@@ -119,13 +121,19 @@ def _begin(out: Path, settings: dict, restart: bool) -> Journal:
     return journal
 
 
+def _forget(out: Path) -> None:
+    """Delete a comparison's files, its journal first, and nothing else that is in the folder."""
+    (out / JOURNAL).unlink(missing_ok=True)
+    for name in (RESULTS, *OWN):
+        for path in (out / name, out / f"{name}.partial"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _is_remains(out: Path) -> bool:
     """Whether the folder `out` holds nothing but a comparison's files, be its journal damaged, another version's or, of
     a restart that was killed, gone."""
-    from optrot_edge.compare.report import REPORTS
-
     names = {path.name.removesuffix(".partial") for path in out.iterdir()}
-    if not names or names - {JOURNAL, RESULTS, "work", "rotations", *REPORTS}:
+    if not names or names - {JOURNAL, RESULTS, *OWN}:
         return False
     try:
         journal = Journal.load(out)

@@ -12,8 +12,6 @@ from optrot_edge.compare.tables import as_csv, markdown
 from optrot_edge.errors import StorageError
 from optrot_edge.journal import commit
 
-REPORTS = ("results.md", "results.csv", "index.html", "figures")  # what is written
-
 
 def write_reports(out: Path, results: dict) -> None:
     """Write `results.md`, `results.csv`, `figures/*.png` and `index.html` into the folder `out`, each under a temporary

@@ -163,7 +163,7 @@ def _about_tasks(zero_shot: dict) -> str:
             f" The float model has {_accuracy(scores)}." if scores else "")
     if zero_shot["left_out"]:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in zero_shot["left_out"].items())
-        said += f"{' ' * bool(said)}Zero-shot tasks left out, for their data cannot be had: {reasons}."
+        said += f"{' ' * bool(said)}Zero-shot tasks left out, for they cannot be loaded: {reasons}."
     return said
 
 

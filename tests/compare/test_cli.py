@@ -51,6 +51,15 @@ def test_refusals(more, says, uneven, words, text, tmp_path, capfd):
     assert left(tmp_path) == []
 
 
+def test_no_row_at_all_is_bad_input(uneven, words, text, tmp_path, capfd):
+    given = arguments(uneven, words, text, tmp_path / "out", "--rotations", "hadamard", "--online", "yes", "-q",
+                      "--r4-block", "64")
+    assert run(*given) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "no row could be measured; hadamard-w4-gptq-online-a16: R4 block 64 must be a power of two" in said
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["status"] == "failed"
+
+
 def test_help(capfd):
     assert run("compare", "--help") == 0
     said = capfd.readouterr().out

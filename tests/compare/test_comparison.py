@@ -217,9 +217,11 @@ def test_another_evaluation_text_is_refused_unless_it_starts_over(uneven, words,
     out = copied(made[0])
     with pytest.raises(InputError, match="--text was .* --restart"):
         run(uneven, text, text, out)
+    (out / "notes.txt").write_text("keep")
     with pytest.warns(UserWarning, match="the same text"):
         found = run(uneven, text, text, out, rotations=["none"], restart=True)
     assert len(found["rows"]) == 1 and not (out / "rotations").exists()
+    assert (out / "notes.txt").read_text() == "keep"
 
 
 @pytest.mark.parametrize(("changes", "says"), [

@@ -84,7 +84,7 @@ def test_what_is_left_out_is_said(uneven, words, text, tmp_path, capfd):
     (tmp_path / "gone.jsonl").unlink()
     given = arguments(uneven, words, text, tmp_path / "out", "--quantizers", "rtn", "--rotations", "none")
     run_ok(*given, "--tasks", gone)
-    said = "Zero-shot tasks left out, for their data cannot be had: "
+    said = "Zero-shot tasks left out, for they cannot be loaded: "
     assert said in " ".join(capfd.readouterr().out.split())
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["zero_shot"]["tasks"] == [] and list(found["zero_shot"]["left_out"]) == [gone]
