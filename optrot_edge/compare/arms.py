@@ -81,5 +81,5 @@ def not_reproduced(arm: Arm, learning: dict | None) -> str | None:
     if (learning["tokens_per_step"] or 0) < FEWEST_TOKENS:
         found.append(f"{learning['tokens_per_step'] or 0} tokens a step, fewer than {FEWEST_TOKENS}")
     if not learning["loss"] < learning["loss_start"]:
-        found.append("the loss did not fall")
+        found.append("the loss on held-out text did not fall, so the start was kept")
     return "; ".join(found) or None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optrot_edge.compare.arms import ARMS
-from optrot_edge.compare.tables import tables
+from optrot_edge.compare.tables import kl_digits, tables
 from optrot_edge.quantize.sequential import LINEARS
 from optrot_edge.rotations.figure import dress
 
@@ -182,8 +182,8 @@ def _bars(axes, table: dict) -> None:
         axes.barh(place, value, xerr=error, color=_style(row["arm"])["color"], alpha=0.75, height=0.7,
                   hatch="//" if row["not_reproduced"] else None, edgecolor="white",
                   error_kw={"ecolor": "black", "elinewidth": 1.3, "capsize": 3})
-        axes.annotate(f"{value:.4f}", (value + error, place), xytext=(4, 0), textcoords="offset points", va="center",
-                      fontsize=9)
+        axes.annotate(f"{value:.{kl_digits(value)}f}", (value + error, place), xytext=(4, 0),
+                      textcoords="offset points", va="center", fontsize=9)
     short, _, rest = table["title"].partition(", groups of")
     grid, _, online = rest.rpartition(", ")
     axes.set_title(f"{short}, {online}\ngroups of{grid}", fontsize=10)

@@ -68,9 +68,14 @@ def cells(row: dict, base: dict | None) -> list[str]:
     if row["status"] != "measured" or row["kl_mean"] is None:
         said = "not finite" if row["status"] == "measured" else row["status"]
         return [row["label"], said, "", "", "", snr, size]
-    return [row["label"], with_error(row["kl_mean"], row["kl_se"], 4), ratio(row, base),
+    return [row["label"], with_error(row["kl_mean"], row["kl_se"], kl_digits(row["kl_mean"])), ratio(row, base),
             with_error(row["ppl"], row["ppl_se"], 3), with_error(100 * row["top1"], 100 * row["top1_se"], 1, " %"), snr,
             size]
+
+
+def kl_digits(kl: float) -> int:
+    """Decimals of a KL in nats: that of 8 bits is less than 0.001."""
+    return 4 if kl >= 0.001 else 6
 
 
 def mean_accuracy(scores: dict) -> tuple[float, float | None]:
@@ -150,6 +155,10 @@ def about(results: dict) -> list[str]:
     said.append("KL ± one standard error over positions; its ratio to QuaRot's with a paired bootstrap interval over "
                 "windows. SNR: mean over layers and matrices of 10 log10(tr WHWᵀ / tr (W−Ŵ)H(W−Ŵ)ᵀ), H of the float "
                 "model's inputs. MB: all tensors as stored.")
+    online = [arm.label for arm in ARMS.values() if arm.analysis and arm.name in results["lists"]["rotations"]]
+    if online:
+        said.append(f"MB of {', '.join(online)}: without their transforms, which run online; their SNR: of the bits of "
+                    "activations that were measured first.")
     return said + ([_about_tasks(results["zero_shot"])] if "zero_shot" in results else [])
 
 

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from optrot_edge.compare.arms import ARMS, Arm, learning_of, not_reproduced
 from optrot_edge.compare.figures import figures
 from optrot_edge.compare.report import write_reports
-from optrot_edge.compare.tables import cells, markdown, tables
+from optrot_edge.compare.tables import about, cells, markdown, tables
 from optrot_edge.runtime.metrics import paired_bootstrap
 from tests.compare.conftest import ALL
 from tests.rotations.test_report import size_of
@@ -155,13 +155,26 @@ def test_ratios_are_paired(made):
     assert cells(base, base)[2] == "1" and cells(none, None)[2] == ""
 
 
+def test_a_small_divergence_keeps_its_digits(made):
+    row = made[1]["rows"][0]
+    assert cells(row | {"kl_mean": 0.00012345, "kl_se": 0.0000021}, None)[1] == "0.000123 ± 0.000002"
+    assert cells(row | {"kl_mean": 0.12345, "kl_se": 0.0021}, None)[1] == "0.1235 ± 0.0021"
+
+
+def test_what_runs_online_is_said(made):
+    _, found = made
+    assert not any("which run online" in line for line in about(found))
+    lists = found["lists"] | {"rotations": ["none", "quip#", "flatquant"]}
+    assert "MB of QuIP# (random Hadamards), FlatQuant: without their transforms" in about(found | {"lists": lists})[-1]
+
+
 BASELINE = Arm("theirs", "Theirs", "theirs", baseline=True)
 GOOD = {"steps": 100, "tokens_per_step": 1024, "loss_start": 2.0, "loss": 1.9}
 
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({}, None), ({"steps": 99}, "99 steps, fewer than 100"), ({"tokens_per_step": 1023}, "1023 tokens a step"),
-    ({"loss": 2.0}, "the loss did not fall"), ({"loss": float("nan")}, "the loss did not fall")])
+    ({"loss": 2.0}, "did not fall, so the start was kept"), ({"loss": float("nan")}, "did not fall")])
 def test_when_a_baseline_was_not_reproduced(changes, says):
     found = not_reproduced(BASELINE, GOOD | changes)
     assert found is None if says is None else says in found
