@@ -42,7 +42,7 @@ from optrot_edge.compare.run import is_measured
 from optrot_edge.compare.tables import BASE, COLUMNS, about, tables
 from optrot_edge.errors import InputError
 from optrot_edge.fingerprint import differences
-from optrot_edge.journal import FORMAT, Journal, Lock, commit
+from optrot_edge.journal import JOURNAL, Journal, Lock, commit
 from optrot_edge.terminal import Reporter, print_comparison
 
 HERE = Path(__file__).resolve().parent
@@ -98,7 +98,8 @@ def written_at(path: Path) -> int | None:
 def widened(lists: dict, entries: dict) -> dict:
     """`lists` with those of every row that a journal's `entries` have measured, so that measuring in parts loses no
     table."""
-    every = CompareOptions(list(ARMS), list(range(2, 9)), 192, "zero", list(QUANTIZERS), list(ACTIVATIONS), "both")
+    every = CompareOptions(list(ARMS), bits=list(range(2, 9)), group_size=192, quantizers=list(QUANTIZERS),
+                           activations=list(ACTIVATIONS), online="both")
     journal = Journal(Path(), {}, entries)
     rows = [row for row in every.rows() if is_measured(journal, row)]
     kept = lambda name, values: sorted({*lists[name], *values})  # noqa: E731
@@ -134,7 +135,7 @@ def restore_journal(archive: Path, folder: Path) -> dict:
 
     InputError when the two are of other settings.
     """
-    with Lock(folder.with_name(folder.name + ".lock")):
+    with Lock.of(folder):
         stored, mine = load_archive(archive), Journal.load(folder)
         if stored is None:
             return {} if mine is None else mine.entries
@@ -150,14 +151,11 @@ def restore_journal(archive: Path, folder: Path) -> dict:
 
 def keep_journal(folder: Path, archive: Path) -> None:
     """Compress what `folder` and `archive` have measured so far to `archive`, equal journals to equal bytes."""
-    mine = Journal.load(folder)
-    if mine is None:
+    if not (folder / JOURNAL).exists():
         return
     with Lock(archive.with_name(archive.name + ".lock")):
-        stored = load_archive(archive)
-        entries = mine.entries if stored is None else joined(mine.entries, stored["entries"])
-        text = json.dumps({"format": FORMAT, "settings": mine.settings, "entries": entries}) + "\n"
-        packed = gzip.compress(text.encode(), mtime=0)
+        restore_journal(archive, folder)  # what another run has put there since
+        packed = gzip.compress((folder / JOURNAL).read_bytes(), mtime=0)
         commit(archive, lambda partial: partial.write_bytes(packed))
 
 
@@ -197,11 +195,9 @@ def over_seeds(by_seed: dict[int, dict]) -> str:
     for seed, results in by_seed.items():
         for table in tables(results):
             kl = {row["arm"]: row["kl_mean"] for row in table["rows"] if row["status"] == "measured"}
-            short, _, online = (part.strip() for part in table["title"].partition(", groups of"))
-            where = f"{short}, {online.rpartition(', ')[2]}"
             for row in table["rows"]:
                 if row["arm"] != BASE and {row["arm"], BASE} <= kl.keys():
-                    found.setdefault((where, row["label"]), {})[seed] = kl[row["arm"]] / kl[BASE]
+                    found.setdefault((table["title"], row["label"]), {})[seed] = kl[row["arm"]] / kl[BASE]
     several = {key: ratios for key, ratios in found.items() if len(ratios) > 1}
     if not several:
         return ""
@@ -209,10 +205,10 @@ def over_seeds(by_seed: dict[int, dict]) -> str:
     lines = ["### Several seeds: KL as a share of the Hadamard's of the same seed", "",
              "| setting | arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean ± standard error |",
              "|---" * (len(seeds) + 3) + "|"]
-    for (where, label), ratios in several.items():
+    for (title, label), ratios in several.items():
         each = [f"{ratios[seed]:.3f}" if seed in ratios else "" for seed in seeds]
         error = statistics.stdev(ratios.values()) / len(ratios) ** 0.5
-        lines.append(f"| {where} | {label} | " + " | ".join(each)
+        lines.append(f"| {title} | {label} | " + " | ".join(each)
                      + f" | {statistics.fmean(ratios.values()):.3f} ± {error:.3f} |")
     return "\n".join(lines)
 

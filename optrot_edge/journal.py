@@ -148,6 +148,12 @@ class Lock:
             what = path.with_suffix("").name
             raise InputError(f"cannot create {path.parent / what}: {error.strerror}; choose another --out") from None
 
+    @classmethod
+    def of(cls, folder: Path) -> Lock:
+        """The lock of a folder, one whatever links lead there."""
+        folder = folder.resolve()
+        return cls(folder.with_name(folder.name + ".lock"))
+
     def _taken(self) -> bool:
         """Whether the lock was taken on the file that has the name now, not on one just deleted."""
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -51,7 +51,7 @@ def compare(model: str | Path, out: str | Path, *, text: str, restart: bool = Fa
         raise InputError(f"--window {tokens.shape[1]} exceeds the model's context of "
                          f"{source.config.max_position_embeddings} tokens")
     device = resolve_device(recipe.device)
-    lock = Lock(out.resolve().with_name(out.resolve().name + ".lock"))  # one, whatever links lead there
+    lock = Lock.of(out)
     try:
         with CalibrationInputs(source, recipe, device, out / "work", progress=progress) as inputs:
             if inputs.text_sha256 == text_sha256(words):
@@ -126,7 +126,10 @@ def _forget(out: Path) -> None:
     (out / JOURNAL).unlink(missing_ok=True)
     for name in (RESULTS, *OWN):
         for path in (out / name, out / f"{name}.partial"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_remains(out: Path) -> bool:

@@ -146,9 +146,10 @@ def test_seeds_stand_side_by_side(text, tmp_path, monkeypatch):
     ratios = [of["optrot"] / of["hadamard"] for of in kl.values()]
     error = abs(ratios[0] - ratios[1]) / 2
     said = (tmp_path / "paper.md").read_text()
-    assert (f"\n| W4, RTN, without online R3 and R4 | OptRot, all matrices | {ratios[0]:.3f} | {ratios[1]:.3f} | "
+    title = "W4, RTN, groups of 32, integer zero-points, without online R3 and R4"
+    assert (f"\n| {title} | OptRot, all matrices | {ratios[0]:.3f} | {ratios[1]:.3f} | "
             f"{sum(ratios) / 2:.3f} ± {error:.3f} |\n") in said
-    assert said.count("W4, RTN, without online R3 and R4 |") == 1  # the others have one seed
+    assert said.count(f"{title} |") == 1  # the others have one seed
     script(monkeypatch, tmp_path, text, *asked, "none", "--out", str(tmp_path / "other.json"))
     assert (tmp_path / "other.json").exists()
     assert (tmp_path / "paper.md").read_text() == f"{paper_tables.BEGIN}{paper_tables.END}"

@@ -283,6 +283,9 @@ def test_what_a_killed_run_left_of_a_comparison(uneven, words, text, copied, mad
         with pytest.raises(InputError, match=says):
             run(uneven, words, text, out, **arms)
         assert len(run(uneven, words, text, out, restart=True, **arms)["rows"]) == 1
+    (tmp_path / "odd" / JOURNAL).mkdir(parents=True)
+    with pytest.raises(InputError, match="journal.json cannot be read: Is a directory"):
+        run(uneven, words, text, tmp_path / "odd", **arms)
     (out / "diary.txt").write_text("keep")
     (out / JOURNAL).write_text("{")
     with pytest.raises(InputError, match="damaged"):

@@ -64,6 +64,9 @@ def test_a_long_context_loses_its_beginning(folder, logits_of):
         (cut, _), = continuation_scores(runner, [(list(range(1, 20)), [3, 4])])
         with pytest.raises(InputError, match="answer of 7 tokens does not fit the model's context of 6"):
             continuation_scores(runner, [([1], [2] * 7)])
+        for empty in (([1], []), ([], [2])):
+            with pytest.raises(InputError, match="both need at least one"):
+                continuation_scores(runner, [empty])
     assert cut == pytest.approx(by_hand(logits_of, list(range(15, 20)), [3, 4])[0], abs=1e-4)
 
 
