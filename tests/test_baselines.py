@@ -1,6 +1,7 @@
 """The baselines on the whole road: rotate, quantize, plan and eval --activations, and what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -46,6 +47,8 @@ def test_quantize_and_evaluate(name, files, tmp_path, capfd):
     plain = json.loads(capfd.readouterr().out)
     assert "activations" not in plain and plain["kl_mean"] == reports[16]["kl_mean"]
     assert reports[4]["activations"] == 4 and plain["kl_mean"] != reports[8]["kl_mean"] != reports[4]["kl_mean"]
+    run_ok("eval", out, "--activations", 4, *common[:-1])
+    assert re.search("activations rounded to .* 4 bits", capfd.readouterr().out)
 
 
 def test_activations_are_for_torch(files, capfd):
